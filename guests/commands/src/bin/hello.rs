@@ -1,0 +1,5 @@
+//! Prints `Hello, world!`.
+
+fn main() {
+    println!("Hello, world!");
+}

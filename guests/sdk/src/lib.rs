@@ -1,0 +1,76 @@
+//! The library of [wrun]'s guests.
+//!
+//! A handler is a function from a message to a reply, and ten lines are a whole guest:
+//!
+//! ```
+//! //! Doubles every number.
+//!
+//! use wrun_guest::handler;
+//!
+//! fn handle(numbers: Vec<f64>) -> Result<Vec<f64>, String> {
+//!     Ok(numbers.iter().map(|number| number * 2.0).collect())
+//! }
+//!
+//! handler!(handle);
+//! ```
+//!
+//! It is the library of a crate whose `crate-type` is `["cdylib"]`, built with
+//! `cargo build --release --target wasm32-wasip2`.
+//!
+//! - The message is anything that serde deserializes. One that does not fit fails its task, with an error that says
+//!   what was expected and what was found.
+//! - The reply is anything that serde serializes, and so is the error, which fails this task and no other.
+//!   A handler that may end a task without a reply returns `Option<Result<_, _>>`.
+//! - [`Box<RawValue>`](serde_json::value::RawValue) takes and gives JSON as it is written: numbers keep their digits
+//!   and objects their order. Only the whitespace around a message is not part of it.
+//! - A panic traps: it fails the task and drops the instance.
+//!
+//! [`worker`] tells a guest who it is and [`mailbox`] is its line to its parent. Commands may use both, as long as
+//! they are components: a module for `wasm32-wasip1` has no such imports.
+//!
+//! [wrun]: https://crates.io/crates/wrun
+
+pub mod mailbox;
+pub mod worker;
+
+mod reply;
+
+pub use reply::IntoReply;
+#[doc(hidden)]
+pub use reply::answer;
+pub use {serde, serde_json};
+
+/// What wit-bindgen generates from wrun's WIT, for guests that do without [`handler!`].
+///
+/// Such a guest implements [`Guest`](bindings::exports::wrun::guest::handler::Guest) and names its type in
+/// `wrun_guest::bindings::export!(Type)`.
+#[expect(missing_docs, clippy::same_length_and_capacity, reason = "generated")]
+pub mod bindings {
+    wit_bindgen::generate!({
+        path: "../../wit",
+        world: "handler-guest",
+        pub_export_macro: true,
+        default_bindings_module: "wrun_guest::bindings",
+    });
+}
+
+/// Makes a function the handler of this guest.
+///
+/// The function takes one message, any type that is [`DeserializeOwned`](serde::de::DeserializeOwned), and returns
+/// something that is [`IntoReply`]. A guest has one handler.
+#[macro_export]
+macro_rules! handler {
+    ($handle:path) => {
+        const _: () = {
+            struct Handler;
+
+            impl $crate::bindings::exports::wrun::guest::handler::Guest for Handler {
+                fn handle(message: String) -> Result<Option<String>, String> {
+                    $crate::answer(&message, $handle)
+                }
+            }
+
+    $crate::bindings::export!(Handler with_types_in $crate::bindings);
+        };
+    };
+}

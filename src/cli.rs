@@ -1,0 +1,262 @@
+//! The command line: flags, help, and what they become.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use wrun::{
+    Cache,
+    grant::{DirGrant, Grants, parse_env},
+    limits::{Bytes, Limits, parse_duration},
+};
+
+/// Run WebAssembly guests in parallel, each in a sandbox
+#[derive(Debug, Parser)]
+#[command(name = "wrun", version = VERSION, propagate_version = false, max_term_width = 100)]
+#[command(after_long_help = EXIT_CODES)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    /// How wrun writes about itself on standard error
+    #[arg(long, global = true, value_enum, default_value_t, help_heading = "Output")]
+    pub(crate) log_format: LogFormat,
+    /// Say what happens inside, for bug reports
+    #[arg(short, long, global = true, help_heading = "Output")]
+    pub(crate) verbose: bool,
+}
+
+const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (wasmtime 48)");
+
+const EXIT_CODES: &str = "\
+Exit codes: the guest's own, or
+    2  usage or configuration          126  not a runnable guest
+   70  every worker failed             127  no such guest
+  123  another limit, or protocol      134  trap
+  124  time or fuel limit              137  memory limit, or killed
+  125  wrun could not do it          128+n  ended by signal n";
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// Lines for people
+    #[default]
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    Run(RunArgs),
+    Cluster(ClusterArgs),
+    Inspect(InspectArgs),
+    Compile(CompileArgs),
+}
+
+/// Run one command guest in the foreground, in this process
+///
+/// Standard input, output and error are the guest's. It gets its arguments, and nothing else that is not granted.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  wrun run --dir data:ro --timeout 5s cat.wasm -- data/words.txt")]
+pub(crate) struct RunArgs {
+    /// The guest: a component, a core module or WAT text; `-` reads it from standard input
+    pub(crate) guest: PathBuf,
+    /// The guest's arguments, handed over as they are
+    #[arg(last = true)]
+    pub(crate) args: Vec<String>,
+    #[command(flatten)]
+    pub(crate) grants: GrantArgs,
+    #[command(flatten)]
+    pub(crate) limits: LimitArgs,
+    /// The longest that the guest may take, such as `500ms` or `1m30s` [default: no limit]
+    #[arg(long, value_parser = parse_duration, value_name = "TIME", help_heading = "Limits")]
+    pub(crate) timeout: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
+    /// The guest is a file that `wrun compile -o` made: trust it as a native program
+    #[arg(long, help_heading = "Code")]
+    pub(crate) precompiled: bool,
+    /// Write how it ended as one JSON object, to standard error or to FILE
+    #[arg(long, num_args = 0..=1, require_equals = true, value_name = "FILE", default_missing_value = "", help_heading = "Output")]
+    pub(crate) json: Option<PathBuf>,
+}
+
+/// Run a handler guest as a pool of supervised worker processes
+///
+/// Every line of standard input is a task, one JSON value; the answers come on standard output as lines
+/// `{"line":N,"reply":…}` or `{"line":N,"error":{…}}`. The end of the input drains the pool.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  seq 20 35 | wrun cluster -w 4 --ordered fib.wasm")]
+pub(crate) struct ClusterArgs {
+    /// The guest: a component that exports `wrun:guest/handler`; `-` is not possible, standard input has the tasks
+    pub(crate) guest: PathBuf,
+    /// How many worker processes [default: one per core]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Pool")]
+    pub(crate) workers: Option<u32>,
+    /// What an instance lives for
+    #[arg(long, value_enum, default_value_t, help_heading = "Pool")]
+    pub(crate) instance: InstanceArg,
+    /// The JSON value that `worker.get-data` answers
+    #[arg(long, value_name = "JSON", default_value = "null", help_heading = "Pool")]
+    pub(crate) data: String,
+    /// Answer in the order of the input
+    #[arg(long, help_heading = "Pool")]
+    pub(crate) ordered: bool,
+    /// How often a task is tried again when its worker dies
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Pool")]
+    pub(crate) retries: u32,
+    /// When a dead worker is replaced
+    #[arg(long, value_enum, default_value_t, help_heading = "Pool")]
+    pub(crate) restart: RestartArg,
+    /// How long work in flight may take after a polite stop
+    #[arg(long, value_parser = parse_duration, value_name = "TIME", default_value = "10s", help_heading = "Pool")]
+    pub(crate) grace: Duration,
+    /// How long a worker may go without a heartbeat
+    #[arg(long, value_parser = parse_duration, value_name = "TIME", default_value = "5s", help_heading = "Pool")]
+    pub(crate) heartbeat: Duration,
+    /// How a task that is out of time is ended: with its worker, or by checks compiled into the guest
+    #[arg(long, value_enum, default_value_t, help_heading = "Pool")]
+    pub(crate) interrupt: InterruptArg,
+    #[command(flatten)]
+    pub(crate) grants: GrantArgs,
+    #[command(flatten)]
+    pub(crate) limits: LimitArgs,
+    /// The longest that a task may take; `0s` = no limit
+    #[arg(long, value_parser = parse_duration, value_name = "TIME", default_value = "30s", help_heading = "Limits")]
+    pub(crate) timeout: Duration,
+    /// The longest message, either way
+    #[arg(long, value_name = "SIZE", default_value = "1MiB", help_heading = "Limits")]
+    pub(crate) message_max: Bytes,
+    /// How many tasks may wait in the pool; more input is not read before there is room
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..), help_heading = "Limits")]
+    pub(crate) queue: u32,
+    /// How many tasks a worker handles at once, each in an instance of its own
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Limits")]
+    pub(crate) concurrency: u32,
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+pub(crate) enum InstanceArg {
+    /// The worker: what it keeps in memory is there for the next task
+    #[default]
+    Worker,
+    /// One task
+    Task,
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+pub(crate) enum RestartArg {
+    /// Never
+    Never,
+    /// When it crashed or exited with another code than 0
+    OnFailure,
+    /// Whenever it is gone
+    #[default]
+    Always,
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+pub(crate) enum InterruptArg {
+    /// Kill the worker: its loops run at full speed
+    Kill,
+    /// Checks in loops: the worker lives on, tight loops are 2 to 5 times slower
+    Epoch,
+    /// `epoch` when a worker handles several tasks at once, else `kill`
+    #[default]
+    Auto,
+}
+
+/// Say what a guest is, what it asks for, and which modes can run it
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  wrun inspect --json echo.wasm")]
+pub(crate) struct InspectArgs {
+    /// The guest; `-` reads it from standard input
+    pub(crate) guest: PathBuf,
+    /// As one JSON object
+    #[arg(long, help_heading = "Output")]
+    pub(crate) json: bool,
+}
+
+/// Compile a guest ahead of its first run
+///
+/// Into the cache, whose entry's path is printed, or with `-o` into a file for `wrun run --precompiled`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  wrun compile hello.wasm -o hello.cwasm && wrun run --precompiled hello.cwasm")]
+pub(crate) struct CompileArgs {
+    /// The guest; `-` reads it from standard input
+    pub(crate) guest: PathBuf,
+    /// Write the code to FILE instead
+    #[arg(short, long, value_name = "FILE", conflicts_with = "no_cache", help_heading = "Code")]
+    pub(crate) output: Option<PathBuf>,
+    /// Compile checks into it, for `--interrupt epoch`
+    #[arg(long, help_heading = "Code")]
+    pub(crate) epoch: bool,
+    /// Compile metering into it, for `--fuel`
+    #[arg(long, help_heading = "Code")]
+    pub(crate) fuel: bool,
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Grants")]
+pub(crate) struct GrantArgs {
+    /// A folder the guest may use, read-write or read-only
+    #[arg(long = "dir", value_name = "HOST[::GUEST][:ro]")]
+    dirs: Vec<DirGrant>,
+    /// A variable for the guest's environment; a name alone passes on wrun's own value
+    #[arg(long = "env", value_name = "NAME[=VALUE]", value_parser = parse_env)]
+    env: Vec<(String, String)>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Limits")]
+pub(crate) struct LimitArgs {
+    /// The most memory that one instance may have
+    #[arg(long, value_name = "SIZE", default_value = "256MiB")]
+    memory: Bytes,
+    /// How much fuel a run or a task may use, about one unit an instruction [default: not metered]
+    #[arg(long, value_name = "N")]
+    fuel: Option<u64>,
+    /// The stack of one instance
+    #[arg(long, value_name = "SIZE", default_value = "512KiB", value_parser = parse_stack)]
+    stack: Bytes,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Code")]
+pub(crate) struct CacheArgs {
+    /// Where compiled code is kept [default: `$XDG_CACHE_HOME/wrun` or `~/.cache/wrun`]
+    #[arg(long, value_name = "DIR")]
+    cache_dir: Option<PathBuf>,
+    /// Keep no compiled code
+    #[arg(long, conflicts_with = "cache_dir")]
+    no_cache: bool,
+}
+
+impl GrantArgs {
+    pub(crate) fn grants(self) -> Grants {
+        Grants { dirs: self.dirs, env: self.env }
+    }
+}
+
+impl LimitArgs {
+    pub(crate) fn limits(&self, timeout: Option<Duration>, message_max: Bytes) -> Limits {
+        Limits { memory: self.memory, timeout, fuel: self.fuel, stack: self.stack, message_max }
+    }
+}
+
+impl CacheArgs {
+    pub(crate) fn cache(&self) -> Cache {
+        if self.no_cache { Cache::none() } else { Cache::at(self.cache_dir.as_deref()) }
+    }
+}
+
+/// Below the smallest no program starts; above the largest a thousand instances would not fit an address space.
+fn parse_stack(text: &str) -> Result<Bytes, String> {
+    let (min, max) = (Bytes::kib(16), Bytes::mib(256));
+    match text.parse::<Bytes>()? {
+        size if size < min || size > max => Err(format!("expected {min} to {max}, found {size}")),
+        size => Ok(size),
+    }
+}

@@ -1,0 +1,86 @@
+//! What wrun could not do, sorted by who must act, and the exit codes that say so.
+//!
+//! A guest that fails is no error: that is an [`Outcome`].
+
+use std::io;
+
+use crate::{message::MessageError, outcome::Outcome, sandbox::LoadError};
+
+/// Why wrun could not do what was asked.
+///
+/// The text is one line, lower case, without a full stop; [`Error::hint`] says what to do next.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The request makes no sense as it is: the caller must change it.
+    #[error("{0}")]
+    Usage(String),
+    /// The guest cannot be run: its author, or whoever chose it, must act.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// A text is not a message.
+    #[error(transparent)]
+    Message(#[from] MessageError),
+    /// The machine refused something.
+    #[error("could not {what}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// Every worker died too often.
+    #[error("every worker failed; the last one {last}")]
+    PoolFailed {
+        /// How the last worker ended.
+        last: Outcome,
+    },
+    /// The pool is stopping or has stopped.
+    #[error("the pool is stopped")]
+    Stopped,
+}
+
+impl Error {
+    /// For `map_err`: what was tried when the machine refused.
+    pub(crate) fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { what, source }
+    }
+
+    /// What to do next, when there is something to say.
+    #[must_use]
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Load(error) => error.hint(),
+            Self::PoolFailed { .. } => Some("the events above say how each worker ended".into()),
+            _ => None,
+        }
+    }
+
+    /// The exit code of a `wrun` command that ends with this error, see [`ExitCode`].
+    #[must_use]
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Usage(_) | Self::Message(_) | Self::Load(LoadError::Grant { .. }) => ExitCode::Usage,
+            Self::Load(LoadError::NotFound { .. }) => ExitCode::NoSuchGuest,
+            Self::Load(_) => ExitCode::NotRunnable,
+            Self::Io { .. } | Self::Stopped => ExitCode::Cannot,
+            Self::PoolFailed { .. } => ExitCode::PoolFailed,
+        }
+    }
+}
+
+/// The exit codes that are wrun's own; a guest's come from [`End::exit_code`](crate::outcome::End::exit_code).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum ExitCode {
+    /// The command line or the configuration is wrong.
+    Usage = 2,
+    /// Every worker failed.
+    PoolFailed = 70,
+    /// wrun could not do it: the machine refused.
+    Cannot = 125,
+    /// The guest is not runnable.
+    NotRunnable = 126,
+    /// There is no such guest.
+    NoSuchGuest = 127,
+}

@@ -1,0 +1,120 @@
+//! What a mode tells the world while it runs: one closed list.
+//!
+//! Modes hand events to a sink and never print; [`report`](crate::report) turns them into lines for people or JSON
+//! for tools, and a library user gets them as they are.
+
+use serde::Serialize;
+
+use crate::{message::Message, outcome::Outcome};
+
+/// A worker's slot in its pool, from 1. It is the same for every worker that takes this place.
+pub type WorkerId = u32;
+
+/// Something that happened in a pool.
+///
+/// As JSON: one flat object with the tag `event`, such as `{"event":"fork","worker":1,"pid":4711,"generation":1}`.
+///
+/// Every start of a worker gives `fork`, at most one `online`, and exactly one `exit`, in this order.
+#[derive(Debug, Clone, Serialize)]
+#[serde(tag = "event", rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Event {
+    /// A worker process was started.
+    Fork {
+        /// Its slot.
+        worker: WorkerId,
+        /// Its process.
+        pid: u32,
+        /// Which start of the slot it is, from 1.
+        generation: u32,
+    },
+    /// A worker is ready: it said hello, mapped the code and made its first instance.
+    Online {
+        /// Its slot.
+        worker: WorkerId,
+        /// Its process.
+        pid: u32,
+        /// How long after its `fork`, in milliseconds.
+        start_ms: u64,
+    },
+    /// A guest sent a message through its mailbox.
+    Message {
+        /// Its slot.
+        worker: WorkerId,
+        /// What it sent.
+        message: Message,
+    },
+    /// A guest printed a line.
+    Output {
+        /// Its slot.
+        worker: WorkerId,
+        /// Where to.
+        stream: Stream,
+        /// The line without its end; bytes that are not UTF-8 are replaced.
+        line: String,
+    },
+    /// A guest printed more than it may, and what came after that was dropped.
+    Drop {
+        /// Its slot.
+        worker: WorkerId,
+        /// How many bytes since the last such event.
+        bytes: u64,
+    },
+    /// A worker is being drained: it gets no new work.
+    Disconnect {
+        /// Its slot.
+        worker: WorkerId,
+    },
+    /// A worker process is gone.
+    Exit {
+        /// Its slot.
+        worker: WorkerId,
+        /// Its process.
+        pid: u32,
+        /// How many tasks it answered.
+        tasks: u64,
+        /// How it ended.
+        outcome: Outcome,
+    },
+    /// A worker will be started in the place of one that is gone.
+    Restart {
+        /// The slot.
+        worker: WorkerId,
+        /// In how many milliseconds.
+        after_ms: u64,
+        /// How many deaths in a row this slot has had.
+        deaths: u32,
+    },
+    /// A slot died too often and is not started again.
+    Failed {
+        /// The slot.
+        worker: WorkerId,
+        /// How its last worker ended.
+        outcome: Outcome,
+    },
+    /// A task ended its instance: by a trap, a limit or an exit. The next task gets a new instance.
+    Limit {
+        /// The slot.
+        worker: WorkerId,
+        /// How the task ended.
+        outcome: Outcome,
+    },
+    /// Something went wrong that ends neither a worker nor the pool.
+    Error {
+        /// The slot, when it concerns one.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        worker: Option<WorkerId>,
+        /// What, in words.
+        message: String,
+    },
+}
+
+/// Where a guest printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stream {
+    /// Its standard output.
+    Stdout,
+    /// Its standard error.
+    Stderr,
+}

@@ -1,0 +1,121 @@
+//! Every bound on a guest, with its unit and its default.
+
+use std::{fmt, str::FromStr, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+/// A number of bytes, written `65536`, `64k`, `64KiB`, `1.5MiB`, `1GB`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Bytes(pub u64);
+
+impl Bytes {
+    /// As many KiB.
+    #[must_use]
+    pub const fn kib(n: u64) -> Self {
+        Self(n << 10)
+    }
+
+    /// As many MiB.
+    #[must_use]
+    pub const fn mib(n: u64) -> Self {
+        Self(n << 20)
+    }
+
+    /// As an index; more than the address space has is as good as all of it.
+    #[must_use]
+    pub fn as_usize(self) -> usize {
+        usize::try_from(self.0).unwrap_or(usize::MAX)
+    }
+}
+
+impl FromStr for Bytes {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let size: bytesize::ByteSize = text
+            .parse()
+            .map_err(|_| format!("expected a size such as `65536`, `64KiB` or `1.5GiB`, found `{text}`"))?;
+        Ok(Self(size.as_u64()))
+    }
+}
+
+impl fmt::Display for Bytes {
+    /// The largest binary unit that keeps it exact: `256MiB`, `1536KiB`, `100B`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (shift, unit) in [(30, "GiB"), (20, "MiB"), (10, "KiB")] {
+            if self.0 >= 1 << shift && self.0.trailing_zeros() >= shift {
+                return write!(f, "{}{unit}", self.0 >> shift);
+            }
+        }
+        write!(f, "{}B", self.0)
+    }
+}
+
+/// Parses `500ms`, `30s`, `1m30s`; a bare number is refused, since nobody agrees on its unit.
+///
+/// # Errors
+/// Says what was expected.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text)
+        .map_err(|_| format!("expected a duration with its unit such as `500ms`, `30s` or `1m30s`, found `{text}`"))
+}
+
+/// What bounds one guest.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Limits {
+    /// The most linear memory that one instance may have. Default 256 MiB.
+    pub memory: Bytes,
+    /// The longest that a run, or a task, may take by the clock on the wall. Default: none for a run, 30 s for a task.
+    pub timeout: Option<Duration>,
+    /// How much fuel a run, or a task, may use: about one unit an instruction, the same on every machine. Default none.
+    pub fuel: Option<u64>,
+    /// The stack of one instance. Default 512 KiB.
+    pub stack: Bytes,
+    /// The longest message, either way. Default 1 MiB.
+    pub message_max: Bytes,
+}
+
+impl Limits {
+    /// The limits of a single run: no time limit.
+    #[must_use]
+    pub const fn of_a_run() -> Self {
+        Self { memory: Bytes::mib(256), timeout: None, fuel: None, stack: Bytes::kib(512), message_max: Bytes::mib(1) }
+    }
+
+    /// The limits of a task in a pool: 30 seconds each.
+    #[must_use]
+    pub const fn of_a_task() -> Self {
+        Self { timeout: Some(Duration::from_secs(30)), ..Self::of_a_run() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_and_written() {
+        for (text, bytes) in
+            [("0", 0), ("65536", 65536), ("64k", 64_000), ("64KiB", 65536), ("1.5MiB", 3 << 19), ("1GB", 1_000_000_000)]
+        {
+            assert_eq!(text.parse(), Ok(Bytes(bytes)), "{text}");
+        }
+        for text in ["", "-1", "ten", "10 parsecs"] {
+            assert!(text.parse::<Bytes>().is_err(), "{text}");
+        }
+        for (bytes, text) in
+            [(0, "0B"), (1 << 30, "1GiB"), (256 << 20, "256MiB"), (1536 << 10, "1536KiB"), (1000, "1000B")]
+        {
+            assert_eq!(Bytes(bytes).to_string(), text);
+            assert_eq!(text.parse(), Ok(Bytes(bytes)));
+        }
+    }
+
+    #[test]
+    fn durations_need_a_unit() {
+        assert_eq!(parse_duration("1m30s"), Ok(Duration::from_secs(90)));
+        assert!(parse_duration("5").is_err());
+        assert!(parse_duration("-5s").is_err());
+    }
+}

@@ -1,0 +1,238 @@
+//! How a run ended.
+//!
+//! An [`Outcome`] is the same record everywhere: a library value, the JSON of `--json`, and what events carry. A guest
+//! that fails is an outcome, never an [`Error`](crate::Error): that one means that wrun could not do what was asked.
+
+use std::{fmt, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+/// How a run, a task or a worker ended, and what it used.
+///
+/// As JSON: one flat object, `{"kind":"exited","code":0,"voluntary":false,"wall_ms":12,"cpu_ms":3,"memory_peak":1114112}`;
+/// the fields after `kind` depend on it, see [`End`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// How it ended.
+    #[serde(flatten)]
+    pub end: End,
+    /// Whether it ended because the user or the primary asked it to (a drain, a stop, a replacement).
+    pub voluntary: bool,
+    /// What it used until then.
+    #[serde(flatten)]
+    pub usage: Usage,
+}
+
+/// How something ended. The tag is `kind` in JSON.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum End {
+    /// The guest ended by itself.
+    Exited {
+        /// Its exit code; WASI leaves the range to the guest, the shell sees the low 8 bits.
+        code: i32,
+    },
+    /// The guest broke a rule of WebAssembly, or aborted.
+    Trapped {
+        /// The rule, in the engine's words.
+        trap: String,
+        /// The guest's functions, innermost first, one line each; empty when the guest has no names or no frame.
+        backtrace: Vec<String>,
+    },
+    /// A limit was hit.
+    Limit {
+        /// Which one.
+        limit: LimitKind,
+        /// Its value as the user would write it, such as `256MiB` or `5s`.
+        allowed: String,
+    },
+    /// The worker's process was ended by a signal.
+    Killed {
+        /// The signal's number.
+        signal: i32,
+    },
+    /// It was given up before it was done: its client went away, or the primary stopped.
+    Cancelled,
+    /// wrun could not start or keep the guest.
+    Failed {
+        /// In which step: `load`, `compile`, `link`, `start`, `protocol` or `hung`.
+        stage: Stage,
+        /// Why, in words.
+        reason: String,
+    },
+}
+
+/// The step in which wrun gave a guest up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage {
+    /// Reading the file and telling what it is.
+    Load,
+    /// Compiling it.
+    Compile,
+    /// Matching its imports with what wrun offers.
+    Link,
+    /// Making its first instance.
+    Start,
+    /// Speaking with its worker.
+    Protocol,
+    /// Waiting for its worker's heartbeat.
+    Hung,
+}
+
+/// A limit that can end a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LimitKind {
+    /// `--timeout`
+    Time,
+    /// `--fuel`
+    Fuel,
+    /// `--memory`
+    Memory,
+    /// A reply or message longer than `--message-max`.
+    Message,
+}
+
+/// What a run used.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Wall-clock time in milliseconds.
+    pub wall_ms: u64,
+    /// CPU time in milliseconds.
+    pub cpu_ms: u64,
+    /// The largest linear memory that the guest had, in bytes; 0 when it was not seen (a killed worker).
+    pub memory_peak: u64,
+    /// Fuel used; only when fuel is metered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fuel: Option<u64>,
+}
+
+impl Usage {
+    /// A usage that knows only how long it took.
+    #[must_use]
+    pub fn wall(wall: Duration) -> Self {
+        Self { wall_ms: millis(wall), ..Self::default() }
+    }
+}
+
+/// A duration in whole milliseconds.
+pub(crate) fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl End {
+    /// With what was used, an outcome that nobody asked for.
+    #[must_use]
+    pub fn with(self, usage: Usage) -> Outcome {
+        Outcome { end: self, voluntary: false, usage }
+    }
+
+    /// The exit code of a `wrun` command that ends this way: the guest's own, or one of the table in the README.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a shell sees the low 8 bits")]
+            Self::Exited { code } => *code as u8,
+            Self::Trapped { .. } => 134,
+            Self::Limit { limit: LimitKind::Time | LimitKind::Fuel, .. } => 124,
+            Self::Limit { limit: LimitKind::Memory, .. } => 137,
+            Self::Limit { limit: LimitKind::Message, .. } | Self::Failed { stage: Stage::Protocol, .. } => 123,
+            Self::Killed { signal } => u8::try_from(128 + signal).unwrap_or(255),
+            Self::Cancelled => 130,
+            Self::Failed { stage: Stage::Load | Stage::Compile | Stage::Link, .. } => 126,
+            Self::Failed { stage: Stage::Start | Stage::Hung, .. } => 125,
+        }
+    }
+}
+
+impl fmt::Display for LimitKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Time => "time",
+            Self::Fuel => "fuel",
+            Self::Memory => "memory",
+            Self::Message => "message",
+        })
+    }
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exited { code } => write!(f, "exited with code {code}"),
+            Self::Trapped { trap, .. } => write!(f, "trapped: {trap}"),
+            Self::Limit { limit, allowed } => write!(f, "hit the {limit} limit of {allowed}"),
+            Self::Killed { signal } => match signal_name(*signal) {
+                Some(name) => write!(f, "killed by signal {signal} ({name})"),
+                None => write!(f, "killed by signal {signal}"),
+            },
+            Self::Cancelled => f.write_str("cancelled"),
+            Self::Failed { reason, .. } => write!(f, "failed: {reason}"),
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.end.fmt(f)
+    }
+}
+
+/// The name of the signals that a worker is likely to die of.
+fn signal_name(signal: i32) -> Option<&'static str> {
+    use rustix::process::Signal;
+    let signal = Signal::from_named_raw(signal)?;
+    Some(match signal {
+        Signal::KILL => "SIGKILL",
+        Signal::TERM => "SIGTERM",
+        Signal::INT => "SIGINT",
+        Signal::SEGV => "SIGSEGV",
+        Signal::ABORT => "SIGABRT",
+        Signal::BUS => "SIGBUS",
+        Signal::ILL => "SIGILL",
+        Signal::SYS => "SIGSYS",
+        Signal::XCPU => "SIGXCPU",
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn outcome_is_one_flat_object() {
+        let outcome = End::Limit { limit: LimitKind::Memory, allowed: "8MiB".into() }.with(Usage {
+            wall_ms: 7,
+            cpu_ms: 5,
+            memory_peak: 9,
+            fuel: None,
+        });
+        let text = serde_json::to_string(&outcome).expect("plain data");
+        assert_eq!(
+            text,
+            r#"{"kind":"limit","limit":"memory","allowed":"8MiB","voluntary":false,"wall_ms":7,"cpu_ms":5,"memory_peak":9}"#
+        );
+        assert_eq!(serde_json::from_str::<Outcome>(&text).expect("round trip"), outcome);
+    }
+
+    #[test]
+    fn exit_codes_follow_the_table() {
+        let limit = |limit| End::Limit { limit, allowed: String::new() };
+        let cases = [
+            (End::Exited { code: 42 }, 42),
+            (End::Exited { code: 256 + 3 }, 3),
+            (End::Trapped { trap: String::new(), backtrace: vec![] }, 134),
+            (limit(LimitKind::Time), 124),
+            (limit(LimitKind::Fuel), 124),
+            (limit(LimitKind::Memory), 137),
+            (End::Killed { signal: 9 }, 137),
+            (End::Killed { signal: 15 }, 143),
+            (End::Failed { stage: Stage::Link, reason: String::new() }, 126),
+        ];
+        for (end, code) in cases {
+            assert_eq!(end.exit_code(), code, "{end:?}");
+        }
+    }
+}

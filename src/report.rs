@@ -1,0 +1,197 @@
+//! The only code that prints: lines for people, JSON lines for tools.
+//!
+//! What comes from a guest is hostile text: control characters are escaped before a terminal sees them.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is the place that prints")]
+
+use std::{
+    fmt::Write as _,
+    io::{self, Write as _},
+    path::Path,
+};
+
+use serde::Serialize;
+use serde_json::json;
+use wrun::{
+    Error, Report,
+    event::{Event, Stream},
+    outcome::{End, Outcome},
+};
+
+use crate::cli::LogFormat;
+
+/// Prints about a command while it runs and when it ends.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Printer {
+    pub(crate) format: LogFormat,
+}
+
+impl Printer {
+    /// What wrun could not do.
+    pub(crate) fn error(self, error: &Error) {
+        match self.format {
+            LogFormat::Json => {
+                self.log_line(&json!({"event": "error", "message": error.to_string(), "hint": error.hint()}))
+            }
+            LogFormat::Text => {
+                let mut text = format!("wrun: error: {}\n", Clean(&error.to_string()));
+                if let Some(hint) = error.hint() {
+                    let _ = writeln!(text, "hint: {}", Clean(&hint));
+                }
+                print_error(&text);
+            }
+        }
+    }
+
+    /// How a guest in the foreground ended; its own exit code needs no words.
+    pub(crate) fn outcome(self, guest: &Path, outcome: &Outcome) {
+        // as quiet as any program in a pipe whose reader has gone
+        let quiet = matches!(&outcome.end, End::Exited { .. }) || outcome.end.exit_code() == 128 + 13;
+        match self.format {
+            _ if quiet => {}
+            LogFormat::Json => self.log_line(outcome),
+            LogFormat::Text => {
+                let mut text = format!("wrun: `{}` {}\n", Clean(&guest.to_string_lossy()), Clean(&outcome.to_string()));
+                if let End::Trapped { backtrace, .. } = &outcome.end {
+                    for frame in backtrace {
+                        let _ = writeln!(text, "    {}", Clean(frame));
+                    }
+                }
+                print_error(&text);
+            }
+        }
+    }
+
+    /// Something that happened in a pool.
+    pub(crate) fn event(self, event: &Event) {
+        match self.format {
+            LogFormat::Json => self.log_line(event),
+            LogFormat::Text => print_error(&event_line(event)),
+        }
+    }
+
+    /// One JSON object on standard error.
+    #[expect(clippy::unused_self, reason = "reads like its siblings")]
+    pub(crate) fn log_line(self, value: &impl Serialize) {
+        print_error(&(serde_json::to_string(value).expect("plain data has a JSON form") + "\n"));
+    }
+}
+
+/// An event as one line.
+fn event_line(event: &Event) -> String {
+    let line = match event {
+        Event::Fork { worker, pid, generation } => {
+            format!("worker {worker}: started, pid {pid}, generation {generation}")
+        }
+        Event::Online { worker, start_ms, .. } => format!("worker {worker}: ready after {start_ms} ms"),
+        Event::Message { worker, message } => format!("worker {worker}: sent {}", Clean(message.as_str())),
+        Event::Output { worker, stream, line } => {
+            let mark = match stream {
+                Stream::Stdout => '|',
+                Stream::Stderr => '!',
+            };
+            return format!("[{worker}] {mark} {}\n", Clean(line));
+        }
+        Event::Drop { worker, bytes } => format!("worker {worker}: printed too much, {bytes} bytes dropped"),
+        Event::Disconnect { worker } => format!("worker {worker}: draining"),
+        Event::Exit { worker, tasks, outcome, .. } => {
+            let why = if outcome.voluntary { ", as asked" } else { "" };
+            format!("worker {worker}: {}{why}, after {tasks} tasks", Clean(&outcome.to_string()))
+        }
+        Event::Restart { worker, after_ms: 0, .. } => format!("worker {worker}: starting again"),
+        Event::Restart { worker, after_ms, deaths } => {
+            format!("worker {worker}: starting again in {after_ms} ms, after {deaths} deaths in a row")
+        }
+        Event::Failed { worker, outcome } => {
+            format!("worker {worker}: died too often, giving it up; at last it {}", Clean(&outcome.to_string()))
+        }
+        Event::Limit { worker, outcome } => format!("worker {worker}: a task {}", Clean(&outcome.to_string())),
+        Event::Error { worker: Some(worker), message } => format!("worker {worker}: {}", Clean(message)),
+        Event::Error { worker: None, message } => Clean(message).to_string(),
+        other => format!("{other:?}"),
+    };
+    format!("wrun: {line}\n")
+}
+
+/// What a guest is.
+pub(crate) fn inspection(report: &Report, as_json: bool) {
+    if as_json {
+        print(&(serde_json::to_string(report).expect("plain data has a JSON form") + "\n"));
+        return;
+    }
+    let found = &report.inspection;
+    let or_none = |list: &[&str]| if list.is_empty() { "none".to_owned() } else { list.join(", ") };
+    let mut text = String::new();
+    let shape = found.shape.map_or_else(|| "nothing that wrun can run".to_owned(), |shape| shape.to_string());
+    let _ = writeln!(text, "name      {}", Clean(&report.name));
+    let _ = writeln!(text, "shape     {shape}");
+    let _ = writeln!(text, "form      {}", found.form);
+    let _ = writeln!(
+        text,
+        "size      {} bytes: code {} in {} functions, data {}",
+        found.bytes, found.code_bytes, found.functions, found.data_bytes
+    );
+    let _ = writeln!(text, "modes     {}", or_none(&report.modes));
+    let _ = writeln!(text, "flags     {}", or_none(&report.flags));
+    for (title, names) in [("imports", &found.imports), ("exports", &found.exports)] {
+        for (n, name) in names.iter().enumerate() {
+            let _ = writeln!(text, "{:<9} {}", if n == 0 { title } else { "" }, Clean(name));
+        }
+    }
+    for refused in &report.refused {
+        let _ = writeln!(text, "refused   {}: {}", Clean(&refused.import), refused.hint);
+    }
+    print(&text);
+}
+
+/// One result line on standard output.
+pub(crate) fn result(line: &str) {
+    print(&format!("{line}\n"));
+}
+
+/// Prints to standard output; when nobody reads it, the program is done.
+#[expect(clippy::exit, reason = "as SIGPIPE would, which Rust programs ignore")]
+fn print(text: &str) {
+    if let Err(error) = io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
+        if error.kind() != io::ErrorKind::BrokenPipe {
+            eprintln!("wrun: error: could not write to standard output: {error}");
+        }
+        std::process::exit(if error.kind() == io::ErrorKind::BrokenPipe { 141 } else { 125 });
+    }
+}
+
+/// Prints to standard error in one write, so that lines of several processes do not mix; when it is closed, there is
+/// nobody to tell.
+fn print_error(text: &str) {
+    let _ = io::stderr().write_all(text.as_bytes());
+}
+
+/// Text without control characters, and without the invisible ones that turn a line around.
+struct Clean<'a>(&'a str);
+
+impl std::fmt::Display for Clean<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for c in self.0.chars() {
+            match c {
+                '\t' => f.write_char(c)?,
+                c if c.is_control() => write!(f, "{}", c.escape_default())?,
+                '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}' => {
+                    write!(f, "{}", c.escape_unicode())?;
+                }
+                c => f.write_char(c)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hostile_text_is_escaped() {
+        let text = "a\u{1b}[2Jb\rc\u{202e}d\u{0}é\t漢";
+        assert_eq!(Clean(text).to_string(), "a\\u{1b}[2Jb\\rc\\u{202e}d\\u{0}é\t漢");
+    }
+}

@@ -1,0 +1,167 @@
+//! Compiled code on disk: written by us, checked when it is read, shared by all processes of one user.
+//!
+//! A guest is compiled once for an engine; its entry is named by both. The folder belongs to the user alone (0700), or
+//! it is not used: machine code from elsewhere would run outside of any sandbox. Entries appear whole (written aside,
+//! then renamed), so any number of processes may read and write at once; one that is damaged is compiled again.
+
+use std::{
+    fmt::Write as _,
+    fs::{self, File},
+    io::{self, Write as _},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::MemfdFlags;
+use wasmtime::Engine;
+
+use crate::sandbox::{
+    LoadError,
+    code::{self, Code},
+    engine::EngineSpec,
+    guest::Guest,
+};
+
+/// Where compiled code is kept, or that it is not.
+#[derive(Debug, Clone)]
+pub struct Cache {
+    dir: Option<PathBuf>,
+}
+
+/// Where code came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// It was there.
+    Cache,
+    /// It was compiled.
+    Compiler,
+}
+
+impl Cache {
+    /// The cache in `dir`, or in the user's cache folder (`$XDG_CACHE_HOME/wrun`, `~/.cache/wrun`).
+    ///
+    /// One that cannot be used safely is as good as none; why is logged as a warning.
+    #[must_use]
+    pub fn at(dir: Option<&Path>) -> Self {
+        let dir = match dir {
+            Some(dir) => dir.to_path_buf(),
+            None => match default_dir() {
+                Some(dir) => dir,
+                None => return Self::none(),
+            },
+        };
+        match prepare(&dir) {
+            Ok(()) => Self { dir: Some(dir) },
+            Err(error) => {
+                tracing::warn!("compiled code is not kept: {}: {error}", dir.display());
+                Self::none()
+            }
+        }
+    }
+
+    /// No cache: everything is compiled each time.
+    #[must_use]
+    pub const fn none() -> Self {
+        Self { dir: None }
+    }
+
+    /// The entry of a guest for an engine, whether it exists or not.
+    pub(crate) fn entry(&self, engine: &Engine, guest: &Guest) -> Option<PathBuf> {
+        let mut name = String::with_capacity(64 + 1 + 16 + 6);
+        for byte in guest.digest() {
+            let _ = write!(name, "{byte:02x}");
+        }
+        name.push('-');
+        for byte in &EngineSpec::fingerprint(engine)[..8] {
+            let _ = write!(name, "{byte:02x}");
+        }
+        Some(self.dir.as_ref()?.join(name + ".cwasm"))
+    }
+
+    /// Finds a guest's code, if it is here and whole.
+    pub(crate) fn find(entry: &Path) -> Option<Code> {
+        let code = Code::open(File::open(entry).ok()?);
+        if code.is_none() {
+            tracing::warn!("{} is damaged and will be compiled again", entry.display());
+        }
+        code
+    }
+
+    /// Keeps packed code, and opens it. A folder that cannot be written is no reason to fail: the code then lives in
+    /// memory only.
+    ///
+    /// # Errors
+    /// When not even that is possible.
+    pub(crate) fn keep(entry: Option<&Path>, packed: &[u8]) -> io::Result<Code> {
+        let kept = entry.and_then(|entry| match write_whole(entry, packed) {
+            Ok(file) => Some(file),
+            Err(error) => {
+                tracing::warn!("compiled code is not kept: {}: {error}", entry.display());
+                None
+            }
+        });
+        let file = match kept {
+            Some(file) => file,
+            None => {
+                let mut file = File::from(rustix::fs::memfd_create("wrun-code", MemfdFlags::CLOEXEC)?);
+                file.write_all(packed)?;
+                file
+            }
+        };
+        Code::open(file).ok_or_else(|| io::Error::other("what was just written is damaged"))
+    }
+
+    /// Finds a guest's code or compiles it here, in this process.
+    ///
+    /// # Errors
+    /// When it is no guest, not valid, or the code cannot be written anywhere.
+    pub(crate) fn load(&self, engine: &Engine, guest: Guest) -> Result<(Code, Source), LoadError> {
+        let entry = self.entry(engine, &guest);
+        if let Some(code) = entry.as_deref().and_then(Self::find) {
+            return Ok((code, Source::Cache));
+        }
+        let path = guest.path.clone();
+        let packed = code::compile(engine, guest.bytes)?;
+        let code = Self::keep(entry.as_deref(), &packed).map_err(|source| LoadError::Unreadable { path, source })?;
+        Ok((code, Source::Compiler))
+    }
+}
+
+fn default_dir() -> Option<PathBuf> {
+    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    Some(absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))?.join("wrun"))
+}
+
+/// Makes the folder, or sees that nobody else may write to it.
+fn prepare(dir: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    let meta = fs::metadata(dir)?;
+    if meta.uid() != rustix::process::geteuid().as_raw() {
+        return Err(io::Error::other("the folder belongs to somebody else"));
+    }
+    if meta.mode() & 0o077 != 0 {
+        return Err(io::Error::other(
+            "others may enter the folder; `chmod 700` it, or choose another with --cache-dir",
+        ));
+    }
+    Ok(())
+}
+
+/// Writes a file so that it appears whole under its name, or not at all; and opens it for reading.
+pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<File> {
+    let mut unique = [0; 8];
+    rustix::rand::getrandom(&mut unique, rustix::rand::GetRandomFlags::empty())?;
+    let aside = path.with_extension(format!("{:016x}.tmp", u64::from_ne_bytes(unique)));
+    let written = fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&aside)
+        .and_then(|mut file| file.write_all(bytes))
+        .and_then(|()| fs::rename(&aside, path))
+        .and_then(|()| File::open(path));
+    if written.is_err() {
+        let _ = fs::remove_file(&aside);
+    }
+    written
+}

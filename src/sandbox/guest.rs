@@ -1,0 +1,151 @@
+//! A guest as it comes: the file, its name, its bytes. Nothing of it is believed yet.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::{FileType, Mode, OFlags};
+use sha2::{Digest, Sha256};
+
+use crate::{limits::Bytes, sandbox::LoadError};
+
+/// The largest file that is taken for a guest.
+pub(crate) const GUEST_MAX: Bytes = Bytes::mib(256);
+
+/// The bytes that start every WebAssembly binary.
+const MAGIC: &[u8] = b"\0asm";
+
+/// A guest that was read but not compiled.
+#[derive(Debug)]
+pub struct Guest {
+    /// Its name: the file's without `.wasm`, `.wat` and the like.
+    pub(crate) name: String,
+    /// Where it came from, for messages.
+    pub(crate) path: PathBuf,
+    /// The file's bytes: a binary, or a text.
+    pub(crate) bytes: Vec<u8>,
+}
+
+impl Guest {
+    /// Reads a guest from a file, or from standard input when the path is `-`.
+    ///
+    /// # Errors
+    /// When there is no such file, it is no regular file, or it is too large.
+    pub fn read(path: &Path) -> Result<Self, LoadError> {
+        let io_error = |source: io::Error| match source.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => LoadError::NotFound { path: path.into() },
+            _ => LoadError::Unreadable { path: path.into(), source },
+        };
+        let mut bytes = Vec::new();
+        if path == Path::new("-") {
+            io::stdin().lock().take(GUEST_MAX.0 + 1).read_to_end(&mut bytes).map_err(io_error)?;
+        } else {
+            // not blocking: opening a pipe that nobody writes to would wait for ever
+            let fd = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())
+                .map_err(|error| io_error(error.into()))?;
+            let stat = rustix::fs::fstat(&fd).map_err(|error| io_error(error.into()))?;
+            let found = match FileType::from_raw_mode(stat.st_mode) {
+                FileType::RegularFile => None,
+                FileType::Directory => Some("a folder"),
+                FileType::Fifo => Some("a pipe (use `-` for standard input)"),
+                _ => Some("a special file"),
+            };
+            if let Some(found) = found {
+                return Err(LoadError::NotAFile { path: path.into(), found });
+            }
+            // the size is looked at before anything is read
+            if u64::try_from(stat.st_size).unwrap_or(u64::MAX) <= GUEST_MAX.0 {
+                File::from(fd).take(GUEST_MAX.0 + 1).read_to_end(&mut bytes).map_err(io_error)?;
+            } else {
+                return Err(LoadError::TooLarge { path: path.into(), max: GUEST_MAX });
+            }
+        }
+        if bytes.len() as u64 > GUEST_MAX.0 {
+            return Err(LoadError::TooLarge { path: path.into(), max: GUEST_MAX });
+        }
+        Ok(Self { name: name_of(path), path: path.into(), bytes })
+    }
+
+    /// SHA-256 of the bytes as they came: the guest's version.
+    pub(crate) fn digest(&self) -> [u8; 32] {
+        Sha256::digest(&self.bytes).into()
+    }
+}
+
+/// The WebAssembly binary that `bytes` are, or that their text stands for.
+///
+/// # Errors
+/// Names what was found when it is neither.
+pub(crate) fn binary(bytes: Vec<u8>) -> Result<Vec<u8>, LoadError> {
+    if bytes.starts_with(MAGIC) {
+        return Ok(bytes);
+    }
+    let found = match &bytes[..] {
+        [] => "an empty file",
+        [0x7f, b'E', b'L', b'F', ..] => "a native program or precompiled code (--precompiled runs what you trust)",
+        _ => match std::str::from_utf8(&bytes) {
+            Ok(text) if text.trim_start().starts_with(['(', ';']) => {
+                return wat::parse_str(text)
+                    .map_err(|error| LoadError::Invalid { reason: one_line(&error.to_string()) });
+            }
+            Ok(_) => "a text that is not WAT",
+            Err(_) => "other binary data",
+        },
+    };
+    Err(LoadError::NotWasm { found })
+}
+
+/// Error texts of several lines, as one.
+pub(crate) fn one_line(text: &str) -> String {
+    text.split('\n').map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
+}
+
+/// `guests/echo.threads.wasm` is called `echo`.
+fn name_of(path: &Path) -> String {
+    let file = path.file_name().unwrap_or_default().to_string_lossy();
+    match file.split_once('.') {
+        _ if file == "-" => "stdin".into(),
+        Some((name, _)) if !name.is_empty() => name.into(),
+        _ => file.into_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_without_endings() {
+        for (path, name) in
+            [("a/echo.wasm", "echo"), ("echo.p1.wasm", "echo"), ("x", "x"), (".wasm", ".wasm"), ("-", "stdin")]
+        {
+            assert_eq!(name_of(Path::new(path)), name);
+        }
+    }
+
+    #[test]
+    fn what_is_no_guest_is_named() {
+        let found = |bytes: &[u8]| match binary(bytes.to_vec()) {
+            Err(LoadError::NotWasm { found }) => found,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(found(b""), "an empty file");
+        assert_eq!(found(b"#!/bin/sh"), "a text that is not WAT");
+        assert_eq!(found(b"\xff\xfe"), "other binary data");
+        assert!(found(b"\x7fELF\x02").starts_with("a native program"));
+    }
+
+    #[test]
+    fn text_becomes_a_binary() {
+        assert!(binary(b"  (module)".to_vec()).expect("WAT").starts_with(MAGIC));
+        assert!(binary(b";; a comment\n(component)".to_vec()).expect("WAT").starts_with(MAGIC));
+        match binary(b"(module (func $f (call $g)))".to_vec()) {
+            Err(LoadError::Invalid { reason }) => {
+                assert!(reason.contains("$g") && !reason.contains('\n'), "{reason}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! What a guest is, read off its binary without compiling or believing it.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use wasmparser::{Encoding, Parser, Payload};
+
+use crate::sandbox::LoadError;
+
+/// What a guest is and what it asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inspection {
+    /// Component or core module.
+    pub form: Form,
+    /// What it exports to be driven by; none when wrun knows no way to run it.
+    pub shape: Option<Shape>,
+    /// The names of what it imports, `module::field` for a core module.
+    pub imports: Vec<String>,
+    /// The names of what it exports.
+    pub exports: Vec<String>,
+    /// The size of the binary in bytes.
+    pub bytes: u64,
+    /// The size of the code in it, in bytes.
+    pub code_bytes: u64,
+    /// The size of the initialised data in it, in bytes.
+    pub data_bytes: u64,
+    /// How many functions it defines.
+    pub functions: u32,
+}
+
+/// How a guest is packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Form {
+    /// A component (WASI 0.2).
+    Component,
+    /// A core module (WASI preview 1).
+    Module,
+}
+
+/// What a guest can be driven by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Shape {
+    /// It runs from start to end: `wasi:cli/run`, or `_start`.
+    Command,
+    /// It answers HTTP requests: `wasi:http/incoming-handler`.
+    Http,
+    /// It answers messages: `wrun:guest/handler`.
+    Handler,
+}
+
+impl Shape {
+    /// The modes that can run it.
+    #[must_use]
+    pub fn modes(self, form: Form) -> &'static [&'static str] {
+        match (self, form) {
+            (Self::Command, _) => &["run"],
+            (Self::Handler, Form::Component) => &["cluster"],
+            (Self::Handler, Form::Module) | (Self::Http, _) => &[],
+        }
+    }
+}
+
+impl fmt::Display for Form {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Component => "component",
+            Self::Module => "core module",
+        })
+    }
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Command => "command",
+            Self::Http => "http",
+            Self::Handler => "handler",
+        })
+    }
+}
+
+impl Inspection {
+    /// Reads what a binary is. Its outline must be whole; whether its code is valid shows when it is compiled.
+    ///
+    /// # Errors
+    /// [`LoadError::Invalid`] with the offset where the outline breaks.
+    pub fn of(wasm: &[u8]) -> Result<Self, LoadError> {
+        let invalid = |error: wasmparser::BinaryReaderError| LoadError::Invalid { reason: error.to_string() };
+        let mut found = Self {
+            form: Form::Module,
+            shape: None,
+            imports: vec![],
+            exports: vec![],
+            bytes: wasm.len() as u64,
+            code_bytes: 0,
+            data_bytes: 0,
+            functions: 0,
+        };
+        // sections of modules inside of a component count for its size but not for what it imports
+        let mut depth = 0u32;
+        for payload in Parser::new(0).parse_all(wasm) {
+            match payload.map_err(invalid)? {
+                Payload::Version { encoding, .. } if depth == 0 => {
+                    found.form = match encoding {
+                        Encoding::Component => Form::Component,
+                        Encoding::Module => Form::Module,
+                    };
+                }
+                Payload::ModuleSection { .. } | Payload::ComponentSection { .. } => depth += 1,
+                Payload::End(_) => depth = depth.saturating_sub(1),
+                Payload::ImportSection(section) if depth == 0 => {
+                    for import in section.into_imports() {
+                        let import = import.map_err(invalid)?;
+                        found.imports.push(format!("{}::{}", import.module, import.name));
+                    }
+                }
+                Payload::ExportSection(section) if depth == 0 => {
+                    for export in section {
+                        found.exports.push(export.map_err(invalid)?.name.into());
+                    }
+                }
+                Payload::ComponentImportSection(section) if depth == 0 => {
+                    for import in section {
+                        found.imports.push(import.map_err(invalid)?.name.name.into());
+                    }
+                }
+                Payload::ComponentExportSection(section) if depth == 0 => {
+                    for export in section {
+                        found.exports.push(export.map_err(invalid)?.name.name.into());
+                    }
+                }
+                Payload::CodeSectionStart { count, size, .. } => {
+                    found.functions = found.functions.saturating_add(count);
+                    found.code_bytes += u64::from(size);
+                }
+                Payload::DataSection(section) => found.data_bytes += section.range().len() as u64,
+                _ => {}
+            }
+        }
+        found.shape = found.shape_by_exports();
+        Ok(found)
+    }
+
+    fn shape_by_exports(&self) -> Option<Shape> {
+        let exports = |prefix: &str| self.exports.iter().any(|name| name.starts_with(prefix));
+        if exports("wrun:guest/handler@0.1.") {
+            Some(Shape::Handler)
+        } else if exports("wasi:http/incoming-handler@0.2.") {
+            Some(Shape::Http)
+        } else if exports("wasi:cli/run@0.2.") || (self.form == Form::Module && exports("_start")) {
+            Some(Shape::Command)
+        } else {
+            None
+        }
+    }
+}
+
+/// Whether wrun offers an import, by its name; whether the types agree shows when it is linked.
+pub(crate) fn offered(form: Form, import: &str) -> bool {
+    match form {
+        Form::Module => import.starts_with("wasi_snapshot_preview1::"),
+        Form::Component => import.split_once('@').is_some_and(|(interface, version)| {
+            let wasi = ["cli", "clocks", "filesystem", "io", "random", "sockets"];
+            let package = interface.split_once('/').map_or(interface, |(package, _)| package);
+            match package.split_once(':') {
+                Some(("wasi", name)) => wasi.contains(&name) && version.starts_with("0.2."),
+                Some(("wrun", "guest")) => version.starts_with("0.1."),
+                _ => false,
+            }
+        }),
+    }
+}
+
+/// What to do about an import that wrun does not offer.
+pub(crate) fn import_hint(import: &str) -> &'static str {
+    let known: &[(&str, &str)] = &[
+        ("wasi:http/", "outbound HTTP is not offered; build the guest without it"),
+        ("wasi:sockets/", "build the guest for WASI 0.2.x; sockets of other versions are not offered"),
+        (
+            "wasi::thread-spawn",
+            "threaded guests (wasm32-wasip1-threads) are not supported yet; build for wasm32-wasip2",
+        ),
+        (
+            "env::memory",
+            "guests with an imported memory are not supported yet; build for wasm32-wasip1 or wasm32-wasip2",
+        ),
+        ("wasi:", "wrun offers WASI 0.2; build the guest for that (`--target wasm32-wasip2`)"),
+        ("wrun:guest/", "wrun offers wrun:guest@0.1.0; build the guest against that"),
+        ("wasi_snapshot_preview1::", "that function is not part of WASI preview 1"),
+        ("env::", "an import from `env` is usually a C function that was not linked in"),
+        ("wbg", "that module was made for a browser (wasm-bindgen); build it for wasm32-wasip2"),
+        ("__wbindgen", "that module was made for a browser (wasm-bindgen); build it for wasm32-wasip2"),
+    ];
+    known
+        .iter()
+        .find(|(prefix, _)| import.starts_with(prefix))
+        .map_or("wrun offers WASI preview 1, WASI 0.2 and wrun:guest@0.1.0", |(_, hint)| hint)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn inspect(wat: &str) -> Inspection {
+        Inspection::of(&wat::parse_str(wat).expect("WAT")).expect("whole")
+    }
+
+    #[test]
+    fn shapes_are_told_apart_by_exports() {
+        let command = inspect(
+            r#"(module (import "wasi_snapshot_preview1" "proc_exit" (func (param i32))) (func (export "_start")))"#,
+        );
+        assert_eq!((command.form, command.shape), (Form::Module, Some(Shape::Command)));
+        assert_eq!(command.imports, ["wasi_snapshot_preview1::proc_exit"]);
+        assert_eq!(inspect(r#"(module (func (export "add")))"#).shape, None);
+        let nested = inspect(r#"(component (core module (func (export "_start"))))"#);
+        assert_eq!((nested.form, nested.shape, nested.functions), (Form::Component, None, 1));
+    }
+
+    #[test]
+    fn imports_are_known_by_name_and_version() {
+        for (form, import, expected) in [
+            (Form::Component, "wasi:cli/environment@0.2.9", true),
+            (Form::Component, "wasi:cli/environment@0.3.0", false),
+            (Form::Component, "wasi:http/types@0.2.0", false),
+            (Form::Component, "wrun:guest/worker@0.1.0", true),
+            (Form::Component, "host", false),
+            (Form::Module, "wasi_snapshot_preview1::fd_write", true),
+            (Form::Module, "wasi::thread-spawn", false),
+        ] {
+            assert_eq!(offered(form, import), expected, "{import}");
+        }
+    }
+
+    #[test]
+    fn a_broken_outline_names_the_offset() {
+        let whole = wat::parse_str(r#"(module (func (export "_start")))"#).expect("WAT");
+        for length in 5..whole.len() {
+            // cut between two sections, what is left is a whole, smaller module
+            if let Err(error) = Inspection::of(&whole[..length]) {
+                assert!(error.to_string().contains("offset"), "{length}: {error}");
+            }
+        }
+        assert!(Inspection::of(&whole[..whole.len() - 1]).is_err());
+    }
+}

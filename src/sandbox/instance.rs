@@ -1,0 +1,308 @@
+//! One started guest with its own store: the calls into it, and how they end.
+
+use std::{sync::Arc, time::Instant};
+
+use rustix::{
+    process::Signal,
+    time::{ClockId, clock_gettime},
+};
+use wasmtime::{
+    AsContextMut, Engine, ResourceLimiter, Store, Trap, UpdateDeadline, WasmBacktrace,
+    component::{Linker, ResourceTable},
+};
+use wasmtime_wasi::{FsPerms, I32Exit, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView, p1::WasiP1Ctx};
+
+use crate::{
+    grant::Grants,
+    limits::Limits,
+    message::Message,
+    outcome::{End, LimitKind, Outcome, Stage, Usage, millis},
+    sandbox::{
+        Form, Identity, LoadError, Outbox, Program, Stdio, guest,
+        host::bindings::{HandlerGuest, wrun::guest as wit},
+        stdio::{Output, ReaderGone},
+    },
+};
+
+/// What an instance is started with.
+#[derive(Clone)]
+pub(crate) struct Setup {
+    /// What it may touch.
+    pub(crate) grants: Grants,
+    /// What bounds it.
+    pub(crate) limits: Limits,
+    /// Who it is.
+    pub(crate) identity: Identity,
+    /// What `worker.get-data` answers.
+    pub(crate) data: Message,
+    /// Its arguments, its own name first.
+    pub(crate) args: Vec<String>,
+    /// Its standard streams.
+    pub(crate) stdio: Stdio,
+    /// Where its messages go; none = nobody receives.
+    pub(crate) outbox: Option<Arc<dyn Outbox>>,
+}
+
+/// What the host keeps for one instance.
+pub(crate) struct State {
+    wasi: Wasi,
+    pub(super) setup: Arc<Setup>,
+    limiter: Limiter,
+}
+
+enum Wasi {
+    Component(WasiCtx, ResourceTable),
+    Module(Box<WasiP1Ctx>),
+}
+
+/// A started guest.
+pub(crate) struct Instance {
+    store: Store<State>,
+    entry: Entry,
+    started: Instant,
+}
+
+enum Entry {
+    Handler(HandlerGuest),
+    Command(wasmtime_wasi::p2::bindings::Command),
+    Module(wasmtime::TypedFunc<(), ()>),
+}
+
+/// What a handler said to a task.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// Its reply; not checked yet.
+    Reply(String),
+    /// That there is none.
+    NoReply,
+    /// That the task failed, and why; not checked yet.
+    Error(String),
+}
+
+/// The bounds that the engine asks about while a guest runs.
+struct Limiter {
+    memory: usize,
+    memory_now: usize,
+    memory_peak: usize,
+}
+
+/// A guest asked for more memory than it may have.
+#[derive(Debug, thiserror::Error)]
+#[error("memory limit")]
+struct OutOfMemory;
+
+/// Elements that one table may have; a function pointer takes one.
+const TABLE_MAX: usize = 100_000;
+/// What one call from the guest may make the host allocate, beside the messages themselves.
+const HOSTCALL_BYTES: usize = 8 << 20;
+/// Files, streams and the like that one guest may hold at once.
+const RESOURCES_MAX: usize = 1_000;
+/// Random bytes that one call may ask for.
+const RANDOM_MAX: u64 = 1 << 20;
+
+impl ResourceLimiter for Limiter {
+    fn memory_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+        // an instance may have several memories: what counts is their sum
+        let sum = self.memory_now.saturating_add(desired.saturating_sub(current));
+        if sum > self.memory {
+            return Err(OutOfMemory.into());
+        }
+        self.memory_now = sum;
+        self.memory_peak = self.memory_peak.max(sum);
+        Ok(true)
+    }
+
+    fn table_growing(&mut self, _: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+        Ok(desired <= TABLE_MAX)
+    }
+}
+
+impl WasiView for State {
+    fn ctx(&mut self) -> WasiCtxView<'_> {
+        match &mut self.wasi {
+            Wasi::Component(ctx, table) => WasiCtxView { ctx, table },
+            Wasi::Module(_) => unreachable!("core modules are linked to preview 1 only"),
+        }
+    }
+}
+
+/// Links what components may import.
+pub(super) fn link_component(linker: &mut Linker<State>) -> wasmtime::Result<()> {
+    wasmtime_wasi::p2::add_to_linker_async(linker)?;
+    wit::worker::add_to_linker::<_, wasmtime::component::HasSelf<State>>(linker, |state| state)?;
+    wit::mailbox::add_to_linker::<_, wasmtime::component::HasSelf<State>>(linker, |state| state)
+}
+
+/// Links what core modules may import.
+pub(super) fn link_module(linker: &mut wasmtime::Linker<State>) -> wasmtime::Result<()> {
+    wasmtime_wasi::p1::add_to_linker_async(linker, |state: &mut State| match &mut state.wasi {
+        Wasi::Module(ctx) => ctx,
+        Wasi::Component(..) => unreachable!("components are linked to WASI 0.2 only"),
+    })
+}
+
+impl State {
+    fn new(setup: &Arc<Setup>, form: Form) -> Result<Self, LoadError> {
+        let mut wasi = WasiCtxBuilder::new();
+        wasi.args(&setup.args).envs(&setup.grants.env).max_random_size(RANDOM_MAX);
+        // this process runs one guest at a time: a thread to read a file on would only cost
+        wasi.allow_blocking_current_thread(true);
+        for dir in &setup.grants.dirs {
+            let perms = if dir.read_only { FsPerms::ReadOnly } else { FsPerms::ReadWrite };
+            wasi.preopened_dir(&dir.host, &dir.guest, perms)
+                .map_err(|error| LoadError::Grant { grant: format!("--dir {dir}"), reason: format!("{error:#}") })?;
+        }
+        match &setup.stdio {
+            Stdio::Inherit => {
+                use crate::event::Stream::{Stderr, Stdout};
+                wasi.inherit_stdin().stdout(Output::Own(Stdout)).stderr(Output::Own(Stderr));
+            }
+            Stdio::Sink(sink) => {
+                use crate::event::Stream::{Stderr, Stdout};
+                wasi.stdout(Output::Sink(Stdout, sink.clone())).stderr(Output::Sink(Stderr, sink.clone()));
+            }
+        }
+        let wasi = match form {
+            Form::Component => {
+                let mut table = ResourceTable::new();
+                table.set_max_capacity(RESOURCES_MAX);
+                Wasi::Component(wasi.build(), table)
+            }
+            Form::Module => Wasi::Module(Box::new(wasi.build_p1())),
+        };
+        let limiter = Limiter { memory: setup.limits.memory.as_usize(), memory_now: 0, memory_peak: 0 };
+        Ok(Self { wasi, setup: setup.clone(), limiter })
+    }
+}
+
+impl Instance {
+    /// Makes an instance of a program. Nothing of the guest runs but what it runs at instantiation.
+    pub(super) async fn start(engine: &Engine, program: &Program, setup: &Arc<Setup>) -> Result<Self, Outcome> {
+        let started = Instant::now();
+        let state =
+            State::new(setup, program.form()).map_err(|error| error.end().with(Usage::wall(started.elapsed())))?;
+        let mut store = Store::new(engine, state);
+        store.limiter(|state| &mut state.limiter);
+        store.set_hostcall_fuel(setup.limits.message_max.as_usize().saturating_mul(4).saturating_add(HOSTCALL_BYTES));
+        store.set_max_component_handles(RESOURCES_MAX);
+        refill(&mut store, &setup.limits);
+        let made = match program {
+            Program::Handler(pre) => pre.instantiate_async(&mut store).await.map(Entry::Handler),
+            Program::Command(pre) => pre.instantiate_async(&mut store).await.map(Entry::Command),
+            Program::Module(pre) => match pre.instantiate_async(&mut store).await {
+                Ok(instance) => instance.get_typed_func(&mut store, "_start").map(Entry::Module),
+                Err(error) => Err(error),
+            },
+        };
+        match made {
+            Ok(entry) => Ok(Self { store, entry, started }),
+            Err(error) => {
+                let end = match end_of(&error, &setup.limits) {
+                    // an error that is no trap is the engine's own: no room in the pool, a start that does not fit
+                    End::Trapped { trap, backtrace }
+                        if backtrace.is_empty() && error.downcast_ref::<Trap>().is_none() =>
+                    {
+                        End::Failed { stage: Stage::Start, reason: trap }
+                    }
+                    end => end,
+                };
+                Err(end.with(usage(&mut store, started, &setup.limits)))
+            }
+        }
+    }
+
+    /// Hands one message to a handler. After an error the instance must be dropped.
+    ///
+    /// # Errors
+    /// The outcome, when the guest did not answer but trapped, hit a limit or exited.
+    ///
+    /// # Panics
+    /// When the guest is no handler: the caller has looked.
+    pub(crate) async fn handle(&mut self, message: String) -> Result<Answer, Outcome> {
+        let called = Instant::now();
+        let setup = self.store.data().setup.clone();
+        refill(&mut self.store, &setup.limits);
+        let Entry::Handler(guest) = &self.entry else { unreachable!("tasks go to handlers only") };
+        match guest.wrun_guest_handler().call_handle(self.store.as_context_mut(), &message).await {
+            Ok(Ok(Some(reply))) => Ok(Answer::Reply(reply)),
+            Ok(Ok(None)) => Ok(Answer::NoReply),
+            Ok(Err(reason)) => Ok(Answer::Error(reason)),
+            Err(error) => Err(end_of(&error, &setup.limits).with(usage(&mut self.store, called, &setup.limits))),
+        }
+    }
+
+    /// Runs a command to its end.
+    ///
+    /// # Panics
+    /// When the guest is no command: the caller has looked.
+    pub(crate) async fn run(mut self) -> Outcome {
+        let result = match &self.entry {
+            Entry::Command(guest) => match guest.wasi_cli_run().call_run(&mut self.store).await {
+                Ok(result) => Ok(i32::from(result.is_err())),
+                Err(error) => Err(error),
+            },
+            Entry::Module(start) => start.call_async(&mut self.store, ()).await.map(|()| 0),
+            Entry::Handler(_) => unreachable!("only commands are run"),
+        };
+        let setup = self.store.data().setup.clone();
+        let end = match result {
+            Ok(code) => End::Exited { code },
+            Err(error) => end_of(&error, &setup.limits),
+        };
+        end.with(usage(&mut self.store, self.started, &setup.limits))
+    }
+}
+
+/// Sets what one call may use.
+fn refill(store: &mut Store<State>, limits: &Limits) {
+    // fails when fuel is not metered: then there is none to set
+    let _ = store.set_fuel(limits.fuel.unwrap_or(u64::MAX));
+    // With epoch checks the guest gives way at every tick, and whoever waits for it decides; without, this is nothing.
+    store.set_epoch_deadline(1);
+    store.epoch_deadline_callback(|_| Ok(UpdateDeadline::Yield(1)));
+}
+
+/// The CPU time of this process.
+pub(crate) fn cpu_ms() -> u64 {
+    let cpu = clock_gettime(ClockId::ProcessCPUTime);
+    u64::try_from(cpu.tv_sec * 1000 + cpu.tv_nsec / 1_000_000).unwrap_or(0)
+}
+
+fn usage(store: &mut Store<State>, since: Instant, limits: &Limits) -> Usage {
+    Usage {
+        wall_ms: millis(since.elapsed()),
+        cpu_ms: cpu_ms(),
+        memory_peak: store.data().limiter.memory_peak as u64,
+        fuel: limits.fuel.and_then(|fuel| Some(fuel.saturating_sub(store.get_fuel().ok()?))),
+    }
+}
+
+/// How a failed call ended.
+fn end_of(error: &wasmtime::Error, limits: &Limits) -> End {
+    if let Some(I32Exit(code)) = error.downcast_ref() {
+        return End::Exited { code: *code };
+    }
+    if error.downcast_ref::<OutOfMemory>().is_some() {
+        return End::Limit { limit: LimitKind::Memory, allowed: limits.memory.to_string() };
+    }
+    if error.downcast_ref::<ReaderGone>().is_some() {
+        return End::Killed { signal: Signal::PIPE.as_raw() };
+    }
+    let trap = error.downcast_ref::<Trap>();
+    if let (Some(Trap::OutOfFuel), Some(fuel)) = (trap, limits.fuel) {
+        return End::Limit { limit: LimitKind::Fuel, allowed: fuel.to_string() };
+    }
+    // a pool's slots are as large as the limit: a guest whose memory starts larger does not fit in
+    let text = guest::one_line(&error.root_cause().to_string());
+    if text.contains("memory index") && text.contains("unsupported") {
+        return End::Limit { limit: LimitKind::Memory, allowed: limits.memory.to_string() };
+    }
+    let backtrace = error.downcast_ref::<WasmBacktrace>().map_or_else(Vec::new, |backtrace| {
+        // the first line of its text is a heading
+        backtrace.to_string().lines().skip(1).map(|line| line.trim().to_owned()).collect()
+    });
+    End::Trapped {
+        trap: trap.map_or(text, |trap| trap.to_string().trim_start_matches("wasm trap: ").into()),
+        backtrace,
+    }
+}

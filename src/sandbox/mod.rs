@@ -1,0 +1,278 @@
+//! The sandbox: load a guest once, start it many times, run it to an [`Outcome`].
+//!
+//! The only part that knows the engine: no type of wasmtime leaves this folder. It owns what a guest can reach (the
+//! host side of `wit/` and WASI, by its grants) and what bounds it from inside (memory, stack, fuel, tables, host
+//! calls). It does not watch the clock and knows no processes: who waits for a guest does.
+//!
+//! [`guest::Guest`] (bytes) → [`cache::Cache`] / [`code::compile`] → [`code::Code`] (mapped) → [`Sandbox`] (linked) →
+//! [`instance::Instance`] (started).
+
+mod cache;
+mod code;
+mod engine;
+mod guest;
+mod host;
+mod inspect;
+mod instance;
+mod stdio;
+
+use std::{io, path::PathBuf, sync::Arc};
+
+use wasmtime::{Engine, component, component::Linker};
+
+pub(crate) use self::{
+    cache::write_whole,
+    code::{Code, compile},
+    engine::{EngineSpec, Pool},
+    guest::{GUEST_MAX, binary},
+    host::{Identity, Outbox, SendRefused},
+    inspect::{import_hint, offered},
+    instance::{Answer, Instance, Setup, cpu_ms},
+    stdio::{OutputSink, Stdio},
+};
+pub use self::{
+    cache::{Cache, Source},
+    guest::Guest,
+    inspect::{Form, Inspection, Shape},
+};
+use crate::{
+    limits::Bytes,
+    outcome::{End, Outcome, Stage},
+};
+
+/// Why a guest was not taken.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoadError {
+    /// There is no such file.
+    #[error("no such guest: `{path}`", path = .path.display())]
+    NotFound {
+        /// Where it was looked for.
+        path: PathBuf,
+    },
+    /// It could not be read, or its code could not be written.
+    #[error("could not read `{path}`: {source}", path = .path.display())]
+    Unreadable {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The path is not a file's.
+    #[error("expected a file, but `{path}` is {found}", path = .path.display())]
+    NotAFile {
+        /// Which path.
+        path: PathBuf,
+        /// What is there instead.
+        found: &'static str,
+    },
+    /// The file is too large.
+    #[error("`{path}` is larger than the {max} that a guest may have", path = .path.display())]
+    TooLarge {
+        /// Which file.
+        path: PathBuf,
+        /// The limit.
+        max: Bytes,
+    },
+    /// The file is no WebAssembly.
+    #[error("expected WebAssembly (a binary or WAT text), found {found}")]
+    NotWasm {
+        /// What it looks like.
+        found: &'static str,
+    },
+    /// The file is WebAssembly, but not valid.
+    #[error("not a valid guest: {reason}")]
+    Invalid {
+        /// What is wrong, and at which offset.
+        reason: String,
+    },
+    /// It imports what wrun does not offer.
+    #[error("it imports `{import}`, which wrun does not offer")]
+    UnknownImport {
+        /// The import's name.
+        import: String,
+    },
+    /// It imports something under a known name but of another type.
+    #[error("its imports do not fit: {reason}")]
+    Mismatch {
+        /// What was expected and found.
+        reason: String,
+    },
+    /// It is not the shape of guest that was asked for.
+    #[error("expected a {expected} guest, found {found}", found = found_shape(.found, *.form))]
+    WrongShape {
+        /// What was asked for.
+        expected: Shape,
+        /// What it is.
+        found: Option<Shape>,
+        /// How it is packed.
+        form: Form,
+    },
+    /// Precompiled code is damaged, or was made for another version, other flags or another processor.
+    #[error("precompiled code does not fit: {reason}")]
+    Precompiled {
+        /// Why.
+        reason: String,
+    },
+    /// What was granted is not there.
+    #[error("could not grant `{grant}`: {reason}")]
+    Grant {
+        /// The grant as it was written.
+        grant: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+fn found_shape(found: &Option<Shape>, form: Form) -> String {
+    match found {
+        Some(shape) => format!("a {shape} guest ({form})"),
+        None => format!("a {form} that exports nothing wrun can run"),
+    }
+}
+
+impl LoadError {
+    /// What to do next, when there is something.
+    #[must_use]
+    pub fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::UnknownImport { import } => inspect::import_hint(import).into(),
+            Self::WrongShape { found: Some(found), form, .. } => match found.modes(*form) {
+                [] => format!("no mode of wrun runs a {found} guest ({form}) yet"),
+                modes => format!("use `wrun {}`", modes.join("` or `wrun ")),
+            },
+            Self::WrongShape { expected: Shape::Handler, found: None, .. } => {
+                "a handler exports `wrun:guest/handler@0.1.0`, see wit/handler.wit".into()
+            }
+            Self::WrongShape { found: None, .. } => {
+                "a command is a program with a `main`, built for wasm32-wasip1 or wasm32-wasip2".into()
+            }
+            Self::Precompiled { .. } => {
+                "make it again with `wrun compile -o`, by this wrun and with the same flags".into()
+            }
+            _ => return None,
+        })
+    }
+
+    /// The outcome of a run that ended here.
+    pub(crate) fn end(&self) -> End {
+        let stage = match self {
+            Self::NotFound { .. } | Self::Unreadable { .. } | Self::NotAFile { .. } | Self::TooLarge { .. } => {
+                Stage::Load
+            }
+            Self::NotWasm { .. } | Self::Invalid { .. } | Self::Precompiled { .. } => Stage::Compile,
+            Self::UnknownImport { .. } | Self::Mismatch { .. } | Self::WrongShape { .. } => Stage::Link,
+            Self::Grant { .. } => Stage::Start,
+        };
+        End::Failed { stage, reason: self.to_string() }
+    }
+}
+
+/// A guest that is mapped and linked, ready to be started any number of times.
+pub(crate) struct Sandbox {
+    engine: Engine,
+    program: Program,
+}
+
+/// A linked guest, by how it is driven.
+enum Program {
+    Handler(host::bindings::HandlerGuestPre<instance::State>),
+    Command(wasmtime_wasi::p2::bindings::CommandPre<instance::State>),
+    Module(wasmtime::InstancePre<instance::State>),
+}
+
+impl Program {
+    fn form(&self) -> Form {
+        match self {
+            Self::Handler(_) | Self::Command(_) => Form::Component,
+            Self::Module(_) => Form::Module,
+        }
+    }
+}
+
+/// Moves an engine's clock, on which guests with epoch checks give way.
+pub(crate) struct Ticker(Engine);
+
+impl Ticker {
+    /// One tick.
+    pub(crate) fn tick(&self) {
+        self.0.increment_epoch();
+    }
+}
+
+impl Sandbox {
+    /// Maps and links a guest's code, as a guest of the expected shape.
+    ///
+    /// # Errors
+    /// When it is of another shape, imports what is not offered, or its code does not fit the engine.
+    pub(crate) fn load(engine: Engine, code: &Code, expected: Shape) -> Result<Self, LoadError> {
+        let Inspection { form, shape: found, .. } = code.inspection;
+        let wrong_shape = || LoadError::WrongShape { expected, found, form };
+        if found != Some(expected) {
+            return Err(wrong_shape());
+        }
+        let unfit = |error: wasmtime::Error| LoadError::Precompiled { reason: guest::one_line(&format!("{error:#}")) };
+        let program = match (expected, form) {
+            (Shape::Handler | Shape::Command, Form::Component) => {
+                let mut linker = Linker::new(&engine);
+                instance::link_component(&mut linker).expect("no name is linked twice");
+                let component = code.component(&engine).map_err(unfit)?;
+                let pre = linker.instantiate_pre(&component).map_err(|error| link_error(&error, &component))?;
+                if expected == Shape::Handler {
+                    Program::Handler(host::bindings::HandlerGuestPre::new(pre).map_err(|error| mismatch(&error))?)
+                } else {
+                    Program::Command(
+                        wasmtime_wasi::p2::bindings::CommandPre::new(pre).map_err(|error| mismatch(&error))?,
+                    )
+                }
+            }
+            (Shape::Command, Form::Module) => {
+                let mut linker = wasmtime::Linker::new(&engine);
+                instance::link_module(&mut linker).expect("no name is linked twice");
+                let module = code.module(&engine).map_err(unfit)?;
+                Program::Module(linker.instantiate_pre(&module).map_err(|error| {
+                    match error.downcast::<wasmtime::UnknownImportError>() {
+                        Ok(unknown) => {
+                            LoadError::UnknownImport { import: format!("{}::{}", unknown.module(), unknown.name()) }
+                        }
+                        Err(error) => mismatch(&error),
+                    }
+                })?)
+            }
+            (Shape::Handler, Form::Module) | (Shape::Http, _) => return Err(wrong_shape()),
+        };
+        Ok(Self { engine, program })
+    }
+
+    /// Makes an instance.
+    ///
+    /// # Errors
+    /// The outcome, when the guest trapped or hit a limit while it started, or something granted is not there.
+    pub(crate) async fn start(&self, setup: &Arc<Setup>) -> Result<Instance, Outcome> {
+        Instance::start(&self.engine, &self.program, setup).await
+    }
+
+    /// The clock of this sandbox's engine.
+    pub(crate) fn ticker(&self) -> Ticker {
+        Ticker(self.engine.clone())
+    }
+}
+
+fn mismatch(error: &wasmtime::Error) -> LoadError {
+    LoadError::Mismatch { reason: guest::one_line(&format!("{error:#}")) }
+}
+
+/// The linker's error for a component names the import in its text only: look which import it means.
+fn link_error(error: &wasmtime::Error, component: &component::Component) -> LoadError {
+    let text = format!("{error:#}");
+    if text.contains("implementation was not found in the linker") {
+        let engine = component.engine();
+        let imports = component.component_type();
+        for (name, _) in imports.imports(engine) {
+            if text.contains(&format!("`{name}`")) {
+                return LoadError::UnknownImport { import: name.into() };
+            }
+        }
+    }
+    mismatch(error)
+}

@@ -1,0 +1,54 @@
+//! The guests that tests, benches and the README use: building this crate compiles `guests/`, and its constants are
+//! the paths of what came out.
+//!
+//! Handlers and commands are components; a name that ends in `_P1` is the same command as a module.
+
+use std::path::Path;
+
+/// Handler: traps while it is instantiated.
+pub const CRASH_AT_START: &str = env!("CRASH_AT_START");
+
+/// Handler: `{"data":[1,2,3]}` gives `{"result":[2,4,6],"count":3}`.
+pub const DATA_PROCESSOR: &str = env!("DATA_PROCESSOR");
+
+/// Handler: gives every message back as it is written.
+pub const ECHO: &str = env!("ECHO");
+
+/// Handler: `10` gives `{"n":10,"fib":55}`, with no hurry.
+pub const FIB: &str = env!("FIB");
+
+/// Handler: does what `{"do":…}` tells it to; its source lists what it knows.
+pub const HOSTILE: &str = env!("HOSTILE");
+
+/// Handler: tells its identity, its data and how many tasks its instance has handled.
+pub const WHOAMI: &str = env!("WHOAMI");
+
+/// Command: prints its arguments and its environment as one line of JSON.
+pub const ARGS: &str = env!("ARGS");
+
+/// [`ARGS`] as a module.
+pub const ARGS_P1: &str = env!("ARGS_P1");
+
+/// Command: copies its files, or else its stdin, to stdout.
+pub const CAT: &str = env!("CAT");
+
+/// [`CAT`] as a module.
+pub const CAT_P1: &str = env!("CAT_P1");
+
+/// Command: prints `Hello, world!`.
+pub const HELLO: &str = env!("HELLO");
+
+/// [`HELLO`] as a module.
+pub const HELLO_P1: &str = env!("HELLO_P1");
+
+/// Command: does what its first argument tells it to; its usage lists what it knows.
+pub const HOSTILE_COMMAND: &str = env!("HOSTILE_COMMAND");
+
+/// [`HOSTILE_COMMAND`] as a module.
+pub const HOSTILE_COMMAND_P1: &str = env!("HOSTILE_COMMAND_P1");
+
+/// The directory that all guests are in.
+#[must_use]
+pub fn dir() -> &'static Path {
+    Path::new(env!("GUESTS"))
+}
