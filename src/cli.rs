@@ -4,9 +4,11 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use wrun::{
-    Cache,
+    Cache, Cluster, Error, Restart,
+    cluster::{Builder, InstanceLife, Interrupt},
     grant::{DirGrant, Grants, parse_env},
     limits::{Bytes, Limits, parse_duration},
+    message::Message,
 };
 
 /// Run WebAssembly guests in parallel, each in a sandbox
@@ -243,6 +245,44 @@ impl GrantArgs {
 impl LimitArgs {
     pub(crate) fn limits(&self, timeout: Option<Duration>, message_max: Bytes) -> Limits {
         Limits { memory: self.memory, timeout, fuel: self.fuel, stack: self.stack, message_max }
+    }
+}
+
+impl ClusterArgs {
+    /// The pool that the flags describe.
+    pub(crate) fn builder(self) -> Result<Builder, Error> {
+        let timeout = Some(self.timeout).filter(|timeout| !timeout.is_zero());
+        let limits = self.limits.limits(timeout, self.message_max);
+        let data = Message::check(self.data.as_bytes(), self.message_max.as_usize())
+            .map_err(|error| Error::Usage(format!("expected JSON for `--data`, but it is {error}")))?;
+        let mut builder = Cluster::builder(self.guest)
+            .limits(limits)
+            .grants(self.grants.grants())
+            .cache(self.cache.cache())
+            .data(data)
+            .instance(match self.instance {
+                InstanceArg::Worker => InstanceLife::Worker,
+                InstanceArg::Task => InstanceLife::Task,
+            })
+            .interrupt(match self.interrupt {
+                InterruptArg::Kill => Interrupt::Kill,
+                InterruptArg::Epoch => Interrupt::Epoch,
+                InterruptArg::Auto => Interrupt::Auto,
+            })
+            .restart(match self.restart {
+                RestartArg::Never => Restart::Never,
+                RestartArg::OnFailure => Restart::OnFailure,
+                RestartArg::Always => Restart::Always,
+            })
+            .concurrency(self.concurrency)
+            .queue(self.queue as usize)
+            .retries(self.retries)
+            .heartbeat(self.heartbeat)
+            .grace(self.grace);
+        if let Some(workers) = self.workers {
+            builder = builder.workers(workers);
+        }
+        Ok(builder)
     }
 }
 

@@ -1,5 +1,57 @@
-//! wrun
+//! Node's parallelism model for WebAssembly, with every worker a sandbox.
+//!
+//! wrun loads guests, untrusted WebAssembly programs, and runs them as isolated *workers*: in this process, or as
+//! supervised processes in a pool. Messages between host and guests are JSON texts; the interfaces they cross are in
+//! `wit/`, the contract, which is all that host and guests share. The `wrun` command is a thin face over this library.
+//!
+//! | to | use |
+//! | --- | --- |
+//! | run one command guest in the foreground | [`Run`] |
+//! | keep a pool of handler guests, and give it tasks | [`Cluster`] |
+//! | feed JSON lines to such a pool | [`cluster::lines`] |
+//! | say what a guest is | [`inspect`] |
+//! | compile ahead | [`compile_into`], [`compile_to`] |
+//!
+//! # The map
+//!
+//! ```text
+//!   main, cli, report                the command: parse, run one mode, print, exit
+//!        │
+//!   mode/                            one file or folder per mode; no mode knows another
+//!     run  compile  inspect  cluster/{dispatch, pool, lines}
+//!        │                    │
+//!        │        supervisor/{slot, restart}     slots of workers: start, watch, drain, replace
+//!        │                    │
+//!        │        process/{wire, page, child}    one child process: frames, counters, its end
+//!        │                    ┊  (a socket pair)
+//!        │        child/{worker, compiler, pulse, output}    what such a process does
+//!        │                    │
+//!   sandbox/{guest, inspect, code, cache, engine, host/, instance, stdio}    the engine, and nothing else knows it
+//!        │
+//!   message  outcome  event  grant  limits  error    plain data, used by all
+//! ```
+//!
+//! A task's way through a pool: a [`cluster`] client hands a [`Message`](message::Message), checked where it entered,
+//! to the dispatcher, which picks a worker; the supervisor's process sends it as a frame; the child hands it to an
+//! instance, whose answer comes back as a frame, is checked where it leaves the sandbox, and completes the client's
+//! ticket.
+//!
+//! # Invariants
+//!
+//! - Guest code runs in [`sandbox`](self) only, and no type of the engine leaves that folder. The primary of a pool
+//!   runs no guest code and parses no guest: children do.
+//! - A guest that fails is an [`Outcome`](outcome::Outcome), never an [`Error`].
+//! - After a trap, a limit or an exit an instance is dropped and never reused.
+//! - Every queue is bounded and says what happens when it is full: the input waits, a guest's `send` answers `full`,
+//!   a guest's output is dropped and counted.
+//! - Every task that was read is answered once; one that is begun twice says so.
+//! - Workers do not outlive their primary, whatever ends it.
+//! - What decides is pure (`dispatch`, `slot`, `restart`, `wire`): the clock is handed in, and what to do comes out.
+//! - Modes tell what happens as [`event`]s and do not print; `report` in the command is the only code that does.
+//! - `unsafe` is in `sandbox/code.rs` (mapping machine code), `process/page.rs` (shared counters) and
+//!   `process/child.rs` (the inherited socket).
 
+mod child;
 mod error;
 pub mod event;
 pub mod grant;
@@ -7,8 +59,12 @@ pub mod limits;
 pub mod message;
 mod mode;
 pub mod outcome;
+mod process;
 mod sandbox;
+mod supervisor;
 
+pub use child::init;
 pub use error::{Error, ExitCode};
 pub use mode::*;
 pub use sandbox::{Cache, Form, Guest, Inspection, LoadError, Shape, Source};
+pub use supervisor::Restart;

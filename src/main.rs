@@ -3,22 +3,23 @@
 mod cli;
 mod report;
 
-use std::{fs, path::PathBuf, process::ExitCode};
+use std::{fs, io, path::PathBuf, process::ExitCode};
 
 use clap::Parser;
-use wrun::{CompileFlags, Error, Run, limits::Bytes, outcome::Outcome};
+use wrun::{CompileFlags, Error, Run, cluster::lines, limits::Bytes, outcome::Outcome};
 
 use crate::{
-    cli::{Cli, Command, CompileArgs, RunArgs},
+    cli::{Cli, ClusterArgs, Command, CompileArgs, RunArgs},
     report::Printer,
 };
 
 fn main() -> ExitCode {
+    wrun::init();
     let cli = Cli::parse();
     let printer = Printer { format: cli.log_format };
     let done = match cli.command {
         Command::Run(args) => run(args, printer),
-        Command::Cluster(_) => Err(Error::Usage("`cluster` is not supported yet".into())),
+        Command::Cluster(args) => cluster(args, printer),
         Command::Inspect(args) => wrun::inspect(&args.guest).map(|found| {
             report::inspection(&found, args.json);
             0
@@ -70,6 +71,16 @@ impl OutcomeReport {
         }
         outcome.end.exit_code()
     }
+}
+
+fn cluster(args: ClusterArgs, printer: Printer) -> Result<u8, Error> {
+    let ordered = args.ordered;
+    let end = lines::run(args.builder()?, io::stdin(), io::stdout(), ordered, move |event| printer.event(&event))?;
+    Ok(match end {
+        lines::End::Done | lines::End::Stopped { killed: false, .. } => 0,
+        lines::End::Stopped { signal, killed: true } => u8::try_from(128 + signal).unwrap_or(255),
+        lines::End::OutputClosed => 141,
+    })
 }
 
 fn compile(args: &CompileArgs) -> Result<u8, Error> {

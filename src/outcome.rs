@@ -59,6 +59,9 @@ pub enum End {
         stage: Stage,
         /// Why, in words.
         reason: String,
+        /// What to do about it, when there is something.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        hint: Option<String>,
     },
 }
 
@@ -78,6 +81,13 @@ pub enum Stage {
     Protocol,
     /// Waiting for its worker's heartbeat.
     Hung,
+}
+
+impl Stage {
+    /// Whether the guest is at fault, so that another try would end the same way.
+    pub(crate) fn is_guests(self) -> bool {
+        matches!(self, Self::Load | Self::Compile | Self::Link)
+    }
 }
 
 /// A limit that can end a guest.
@@ -229,7 +239,7 @@ mod tests {
             (limit(LimitKind::Memory), 137),
             (End::Killed { signal: 9 }, 137),
             (End::Killed { signal: 15 }, 143),
-            (End::Failed { stage: Stage::Link, reason: String::new() }, 126),
+            (End::Failed { stage: Stage::Link, reason: String::new(), hint: None }, 126),
         ];
         for (end, code) in cases {
             assert_eq!(end.exit_code(), code, "{end:?}");

@@ -1,10 +1,12 @@
 //! One entry per mode; no logic of its own.
 
+pub mod cluster;
 mod compile;
 mod inspect;
 mod run;
 
 pub use self::{
+    cluster::Cluster,
     compile::{CompileFlags, compile_into, compile_to},
     inspect::{Refused, Report, inspect},
     run::Run,

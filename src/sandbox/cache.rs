@@ -16,7 +16,7 @@ use rustix::fs::MemfdFlags;
 use wasmtime::Engine;
 
 use crate::sandbox::{
-    LoadError,
+    LoadError, check,
     code::{self, Code},
     engine::EngineSpec,
     guest::Guest,
@@ -122,7 +122,13 @@ impl Cache {
         }
         let path = guest.path.clone();
         let packed = code::compile(engine, guest.bytes)?;
-        let code = Self::keep(entry.as_deref(), &packed).map_err(|source| LoadError::Unreadable { path, source })?;
+        let unreadable = |source| LoadError::Unreadable { path: path.clone(), source };
+        // linked before it is kept: an entry is a guest that runs
+        let mut code = Self::keep(None, &packed).map_err(&unreadable)?;
+        check(engine, &code)?;
+        if entry.is_some() {
+            code = Self::keep(entry.as_deref(), &packed).map_err(unreadable)?;
+        }
         Ok((code, Source::Compiler))
     }
 }

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use crate::{limits::Bytes, sandbox::LoadError};
 
 /// The largest file that is taken for a guest.
-pub(crate) const GUEST_MAX: Bytes = Bytes::mib(256);
+const GUEST_MAX: Bytes = Bytes::mib(256);
 
 /// The bytes that start every WebAssembly binary.
 const MAGIC: &[u8] = b"\0asm";

@@ -202,7 +202,7 @@ impl Instance {
                     End::Trapped { trap, backtrace }
                         if backtrace.is_empty() && error.downcast_ref::<Trap>().is_none() =>
                     {
-                        End::Failed { stage: Stage::Start, reason: trap }
+                        End::Failed { stage: Stage::Start, reason: trap, hint: None }
                     }
                     end => end,
                 };

@@ -24,7 +24,7 @@ pub(crate) use self::{
     cache::write_whole,
     code::{Code, compile},
     engine::{EngineSpec, Pool},
-    guest::{GUEST_MAX, binary},
+    guest::binary,
     host::{Identity, Outbox, SendRefused},
     inspect::{import_hint, offered},
     instance::{Answer, Instance, Setup, cpu_ms},
@@ -114,6 +114,16 @@ pub enum LoadError {
         /// Why.
         reason: String,
     },
+    /// Another process says so.
+    #[error("{reason}")]
+    Reported {
+        /// In which step.
+        stage: Stage,
+        /// Why, in words.
+        reason: String,
+        /// What to do next.
+        hint: Option<String>,
+    },
     /// What was granted is not there.
     #[error("could not grant `{grant}`: {reason}")]
     Grant {
@@ -163,8 +173,9 @@ impl LoadError {
             Self::NotWasm { .. } | Self::Invalid { .. } | Self::Precompiled { .. } => Stage::Compile,
             Self::UnknownImport { .. } | Self::Mismatch { .. } | Self::WrongShape { .. } => Stage::Link,
             Self::Grant { .. } => Stage::Start,
+            Self::Reported { stage, .. } => *stage,
         };
-        End::Failed { stage, reason: self.to_string() }
+        End::Failed { stage, reason: self.to_string(), hint: self.hint() }
     }
 }
 
@@ -255,6 +266,19 @@ impl Sandbox {
     /// The clock of this sandbox's engine.
     pub(crate) fn ticker(&self) -> Ticker {
         Ticker(self.engine.clone())
+    }
+}
+
+/// Sees that a guest's code can be linked, whatever its shape; one that wrun cannot run at all passes.
+///
+/// # Errors
+/// As [`Sandbox::load`].
+pub(crate) fn check(engine: &Engine, code: &Code) -> Result<(), LoadError> {
+    match (code.inspection.shape, code.inspection.form) {
+        (Some(shape @ Shape::Command), _) | (Some(shape @ Shape::Handler), Form::Component) => {
+            Sandbox::load(engine.clone(), code, shape).map(drop)
+        }
+        _ => Ok(()),
     }
 }
 

@@ -1,0 +1,304 @@
+//! A child that runs a handler guest: tasks come, instances handle them, answers go.
+
+use std::{
+    cell::RefCell,
+    io,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use serde::{Deserialize, Serialize};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    task::{JoinSet, LocalSet},
+};
+
+use super::{output::Lines, pulse::Pulse};
+use crate::{
+    grant::Grants,
+    limits::Limits,
+    message::Message,
+    outcome::{End, LimitKind, Outcome, Usage, millis},
+    process::{
+        Page,
+        child::{Out, Start, report_panics},
+        wire::{Incoming, Kind},
+    },
+    sandbox::{
+        Answer, Code, EngineSpec, Identity, Inspection, Instance, LoadError, Outbox, Sandbox, SendRefused, Setup,
+        Shape, Stdio, cpu_ms,
+    },
+};
+
+/// What a worker is told.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct WorkerConfig {
+    /// How its engine is made.
+    pub(crate) engine: EngineSpec,
+    /// What its guest is; the primary has read that from the code's own file.
+    pub(crate) inspection: Inspection,
+    /// What the guest may touch.
+    pub(crate) grants: Grants,
+    /// What bounds it.
+    pub(crate) limits: Limits,
+    /// Who it is.
+    pub(crate) identity: Identity,
+    /// What `worker.get-data` answers.
+    pub(crate) data: Message,
+    /// Whether every task gets a fresh instance.
+    pub(crate) fresh: bool,
+    /// How many tasks it handles at once.
+    pub(crate) concurrency: u32,
+    /// How often it gives a sign of life.
+    pub(crate) beat: Duration,
+}
+
+/// Bytes that may wait to be written before the next task is begun.
+const OUT_MAX: usize = 4 << 20;
+
+/// Messages of the guest that may wait to be written.
+const MAILBOX_MAX: usize = 8 << 20;
+
+/// The child. Returns its exit code.
+pub(super) fn main(start: Start) -> i32 {
+    let Ok(out) = start.socket.try_clone().and_then(Out::new) else { return 125 };
+    let out = Arc::new(out);
+    // lives as long as the process
+    report_panics(Box::leak(Box::new(out.clone())));
+    let ended = |outcome: &Outcome| {
+        out.push(Kind::Ended, 0, &serde_json::to_vec(outcome).expect("plain data has a JSON form"));
+        out.finish();
+        i32::from(outcome.end.exit_code())
+    };
+    match Worker::new(start, out.clone()) {
+        Ok((worker, incoming)) => match worker.run(incoming) {
+            Ok(outcome) => ended(&outcome),
+            // the primary is gone
+            Err(_) => 125,
+        },
+        Err(error) => ended(&error.end().with(Usage::default())),
+    }
+}
+
+/// One worker: a sandbox, and what goes around it.
+struct Worker {
+    sandbox: Sandbox,
+    setup: Arc<Setup>,
+    fresh: bool,
+    concurrency: usize,
+    /// The time limit, when it is enforced here.
+    timeout: Option<Duration>,
+    page: Arc<Page>,
+    out: Arc<Out>,
+    lines: Arc<Lines>,
+    pulse: Pulse,
+    started: Instant,
+    /// Instances that wait for a task.
+    idle: RefCell<Vec<Instance>>,
+    /// How the guest ended the whole worker.
+    ended: RefCell<Option<Outcome>>,
+}
+
+struct Mailbox(Arc<Out>);
+
+impl Outbox for Mailbox {
+    fn send(&self, message: Message) -> Result<(), SendRefused> {
+        if self.0.waiting_bytes() > MAILBOX_MAX {
+            return Err(SendRefused::Full);
+        }
+        self.0.push(Kind::Message, 0, message.as_str().as_bytes());
+        Ok(())
+    }
+}
+
+impl Worker {
+    fn new(start: Start, out: Arc<Out>) -> Result<(Self, Incoming), LoadError> {
+        let broken = |reason: String| LoadError::Invalid { reason };
+        let config: WorkerConfig =
+            serde_json::from_str(start.hello.config.get()).map_err(|error| broken(error.to_string()))?;
+        let mut fds = start.fds.into_iter();
+        let (Some(page), Some(code)) = (fds.next(), fds.next()) else {
+            return Err(broken("the worker got no code".into()));
+        };
+        let page = Arc::new(Page::map(page).map_err(|error| broken(error.to_string()))?);
+        let code = Code::checked(code.into(), config.inspection);
+        let engine = config.engine.engine().map_err(|error| broken(format!("{error:#}")))?;
+        let sandbox = Sandbox::load(engine, &code, Shape::Handler)?;
+        let lines = Arc::new(Lines::new(out.clone()));
+        let epoch = config.engine.epoch_checks;
+        let pulse =
+            Pulse::start(page.clone(), out.clone(), lines.clone(), epoch.then(|| sandbox.ticker()), config.beat)
+                .map_err(|error| broken(error.to_string()))?;
+        let setup = Arc::new(Setup {
+            args: vec![config.identity.name.clone()],
+            grants: config.grants,
+            identity: config.identity,
+            data: config.data,
+            stdio: Stdio::Sink(lines.clone()),
+            outbox: Some(Arc::new(Mailbox(out.clone()))),
+            limits: config.limits,
+        });
+        let worker = Self {
+            timeout: setup.limits.timeout.filter(|_| epoch),
+            sandbox,
+            setup,
+            fresh: config.fresh,
+            concurrency: config.concurrency as usize,
+            page,
+            out,
+            lines,
+            pulse,
+            started: Instant::now(),
+            idle: RefCell::default(),
+            ended: RefCell::default(),
+        };
+        Ok((worker, start.incoming))
+    }
+
+    /// Works until it is drained, or the guest ends it.
+    fn run(self, incoming: Incoming) -> io::Result<Outcome> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let worker = Rc::new(self);
+        let outcome = LocalSet::new().block_on(&runtime, worker.serve(incoming));
+        runtime.shutdown_background();
+        outcome
+    }
+
+    async fn serve(self: Rc<Self>, mut incoming: Incoming) -> io::Result<Outcome> {
+        // the first instance is made before the worker is ready: a guest that cannot start is never given a task
+        match self.sandbox.start(&self.setup).await {
+            Ok(instance) => self.idle.borrow_mut().push(instance),
+            Err(outcome) => {
+                self.lines.settle();
+                return Ok(outcome);
+            }
+        }
+        self.lines.settle();
+        self.out.push(Kind::Ready, 0, b"");
+        self.out.flush()?;
+
+        let socket = AsyncFd::register_with_interest(self.out.clone(), Interest::READABLE | Interest::WRITABLE)?;
+        let mut at_work = JoinSet::new();
+        loop {
+            if self.take_tasks(&mut incoming, &mut at_work).await {
+                while at_work.join_next().await.is_some() {}
+                let usage = Usage { cpu_ms: cpu_ms(), ..Usage::wall(self.started.elapsed()) };
+                return Ok(self.ended.take().unwrap_or_else(|| End::Exited { code: 0 }.with(usage)));
+            }
+            if let Some(outcome) = self.ended.take() {
+                return Ok(outcome);
+            }
+            let all_written = self.out.flush()?;
+            tokio::select! {
+                biased;
+                ready = socket.readable() => {
+                    let mut ready = ready?;
+                    match rustix::io::read(&*self.out, rustix::buffer::spare_capacity(incoming.space())) {
+                        Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                        Ok(_) => {}
+                        Err(rustix::io::Errno::AGAIN) => ready.clear_ready(),
+                        Err(rustix::io::Errno::INTR) => {}
+                        Err(error) => return Err(error.into()),
+                    }
+                }
+                ready = socket.writable(), if !all_written => {
+                    let mut ready = ready?;
+                    if !self.out.flush()? {
+                        ready.clear_ready();
+                    }
+                }
+                _ = at_work.join_next(), if !at_work.is_empty() => {}
+            }
+        }
+    }
+
+    /// Does, or begins, all tasks that have come whole; whether there will be no more.
+    async fn take_tasks(self: &Rc<Self>, incoming: &mut Incoming, at_work: &mut JoinSet<()>) -> bool {
+        loop {
+            let (id, message) = match incoming.next() {
+                Ok(Some(frame)) if frame.kind == Kind::Task => {
+                    // the primary has checked it
+                    (frame.id, String::from_utf8_lossy(frame.body).into_owned())
+                }
+                Ok(Some(frame)) if frame.kind == Kind::Drain => return true,
+                // the primary speaks no nonsense
+                Ok(Some(_)) => continue,
+                Ok(None) | Err(_) => return false,
+            };
+            if self.timeout.is_some() || incoming.has_next() {
+                self.pulse.touch();
+            }
+            if self.concurrency == 1 {
+                self.handle(id, message).await;
+            } else {
+                while at_work.len() >= self.concurrency {
+                    at_work.join_next().await;
+                }
+                let this = self.clone();
+                at_work.spawn_local(async move { this.handle(id, message).await });
+            }
+            if self.ended.borrow().is_some() {
+                return false;
+            }
+            while self.out.waiting_bytes() > OUT_MAX {
+                self.out.finish();
+            }
+        }
+    }
+
+    /// Does one task, and says how it went.
+    async fn handle(&self, id: u64, message: String) {
+        let begun = Instant::now();
+        self.page.begin(id);
+        let idle = self.idle.borrow_mut().pop();
+        let result = match self.timeout {
+            None => self.attempt(idle, message).await,
+            Some(timeout) => tokio::time::timeout(timeout, self.attempt(idle, message)).await.unwrap_or_else(|_| {
+                let usage = Usage { wall_ms: millis(begun.elapsed()), cpu_ms: cpu_ms(), memory_peak: 0, fuel: None };
+                Err(End::Limit { limit: LimitKind::Time, allowed: format!("{timeout:?}") }.with(usage))
+            }),
+        };
+        self.lines.settle();
+        let max = self.setup.limits.message_max;
+        match result {
+            Ok(Answer::Reply(text) | Answer::Error(text)) if text.len() as u64 > max.0 => {
+                let end = End::Limit { limit: LimitKind::Message, allowed: max.to_string() };
+                self.say_ended(id, &end.with(Usage::wall(begun.elapsed())));
+            }
+            Ok(Answer::Reply(text)) => {
+                self.out.push(Kind::Reply, id, text.as_bytes());
+            }
+            Ok(Answer::NoReply) => {
+                self.out.push(Kind::NoReply, id, b"");
+            }
+            Ok(Answer::Error(text)) => {
+                self.out.push(Kind::TaskError, id, text.as_bytes());
+            }
+            Err(outcome) => {
+                self.say_ended(id, &outcome);
+                // as a program that exits: the worker is gone with it
+                if let End::Exited { .. } = outcome.end {
+                    self.ended.borrow_mut().get_or_insert(outcome);
+                }
+            }
+        }
+    }
+
+    /// Hands the message to an instance, which is kept for the next one when it may be.
+    async fn attempt(&self, idle: Option<Instance>, message: String) -> Result<Answer, Outcome> {
+        let mut instance = match idle {
+            Some(instance) => instance,
+            None => self.sandbox.start(&self.setup).await?,
+        };
+        let answer = instance.handle(message).await?;
+        if !self.fresh {
+            self.idle.borrow_mut().push(instance);
+        }
+        Ok(answer)
+    }
+
+    fn say_ended(&self, id: u64, outcome: &Outcome) {
+        self.out.push(Kind::TaskEnded, id, &serde_json::to_vec(outcome).expect("plain data has a JSON form"));
+    }
+}

@@ -1,0 +1,212 @@
+//! The child's end: how a process becomes a worker, and what it says while it is one.
+
+use std::{
+    io::{self, Read, Write},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::net::UnixStream,
+    },
+    sync::{
+        Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use rustix::{
+    io::Errno,
+    net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags},
+    process::{Pid, Signal},
+};
+
+use crate::process::{
+    ARG0, Hello,
+    wire::{Incoming, Kind, Outgoing, VERSION},
+};
+
+/// What a child starts with.
+#[derive(Debug)]
+pub(crate) struct Start {
+    /// The line to the primary.
+    pub(crate) socket: UnixStream,
+    /// Who it is and what to do.
+    pub(crate) hello: Hello,
+    /// The descriptors that came with the hello, in order.
+    pub(crate) fds: Vec<OwnedFd>,
+    /// Bytes that came after the hello.
+    pub(crate) incoming: Incoming,
+}
+
+/// Whether this process was started as a child of a primary, by its own name.
+pub(crate) fn is_child() -> bool {
+    std::env::args_os().next().is_some_and(|arg| arg == ARG0)
+}
+
+/// Ties this process to its primary and waits for the hello.
+///
+/// # Errors
+/// When whoever started this process speaks another language, or is gone.
+pub(crate) fn start() -> io::Result<Start> {
+    // First of all: from here on this process dies with its parent, whatever it is doing. Should the parent be gone
+    // already, nobody sends the hello, and reading it fails.
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    let _ = rustix::thread::set_name(c"wrun-worker");
+    // SAFETY: descriptor 0 is open (the runtime sees to that), this process owns it, and `start` is called once, before
+    // anybody asks for standard input, which a child does not use.
+    let socket = UnixStream::from(unsafe { OwnedFd::from_raw_fd(0) });
+    let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
+
+    let mut incoming = Incoming::new(u32::MAX);
+    let mut fds = receive(&socket, &mut incoming)?;
+    let mut socket = socket;
+    let hello: Hello = loop {
+        match incoming.next().map_err(io::Error::other)? {
+            Some(frame) if frame.kind == Kind::Hello => {
+                break serde_json::from_slice(frame.body).map_err(|error| invalid(&error.to_string()))?;
+            }
+            Some(_) => return Err(invalid("expected a hello")),
+            None => {}
+        }
+        let space = incoming.space();
+        let length = space.len();
+        space.resize(space.capacity(), 0);
+        let read = socket.read(&mut space[length..]);
+        space.truncate(length + *read.as_ref().unwrap_or(&0));
+        if read? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    };
+    if hello.version != VERSION {
+        return Err(invalid("the primary is another version of wrun"));
+    }
+    if rustix::process::getppid().map(Pid::as_raw_pid) != Some(hello.parent) {
+        return Err(invalid("the primary is gone"));
+    }
+    fds.truncate(hello.fds);
+    Ok(Start { socket, hello, fds, incoming })
+}
+
+/// Receives the first bytes and the descriptors that come with them.
+fn receive(socket: &UnixStream, incoming: &mut Incoming) -> io::Result<Vec<OwnedFd>> {
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut bytes = [0; 1024];
+    let received = loop {
+        let mut slices = [io::IoSliceMut::new(&mut bytes)];
+        match rustix::net::recvmsg(socket, &mut slices, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+            Err(Errno::INTR) => {}
+            other => break other?.bytes,
+        }
+    };
+    if received == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    incoming.space().extend_from_slice(&bytes[..received]);
+    let mut fds = vec![];
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = message {
+            fds.extend(received);
+        }
+    }
+    Ok(fds)
+}
+
+/// What a child has to say, written in batches by whoever comes by: the thread that runs the guest when it has a
+/// moment, another one when it has none.
+#[derive(Debug)]
+pub(crate) struct Out {
+    socket: UnixStream,
+    queue: Mutex<Outgoing>,
+    waiting: AtomicBool,
+}
+
+impl Out {
+    /// Speaks on the socket, which is made non-blocking.
+    pub(crate) fn new(socket: UnixStream) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        Ok(Self { socket, queue: Mutex::default(), waiting: AtomicBool::new(false) })
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Outgoing> {
+        // the queue is whole after every call on it, whoever panicked
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a frame, and answers how many bytes wait now.
+    pub(crate) fn push(&self, kind: Kind, id: u64, body: &[u8]) -> usize {
+        let mut queue = self.queue();
+        queue.push(kind, id, body);
+        self.waiting.store(true, Ordering::Relaxed);
+        queue.pending().len()
+    }
+
+    /// How many bytes wait.
+    pub(crate) fn waiting_bytes(&self) -> usize {
+        self.queue().pending().len()
+    }
+
+    /// Writes what can be written without waiting; whether all of it was.
+    ///
+    /// # Errors
+    /// When the primary is gone.
+    pub(crate) fn flush(&self) -> io::Result<bool> {
+        if !self.waiting.load(Ordering::Relaxed) {
+            return Ok(true);
+        }
+        let mut queue = self.queue();
+        while !queue.pending().is_empty() {
+            match (&self.socket).write(queue.pending()) {
+                Ok(count) => queue.advance(count),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.waiting.store(false, Ordering::Relaxed);
+        Ok(true)
+    }
+
+    /// Writes all of it, and waits as long as that takes.
+    pub(crate) fn finish(&self) {
+        while let Ok(false) = self.flush() {
+            let mut wait = [rustix::event::PollFd::new(&self.socket, rustix::event::PollFlags::OUT)];
+            if !matches!(rustix::event::poll(&mut wait, None), Ok(_) | Err(Errno::INTR)) {
+                return;
+            }
+        }
+    }
+
+    /// Whether the primary has closed its end.
+    pub(crate) fn is_cut(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let mut wait = [PollFd::new(&self.socket, PollFlags::empty())];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut wait, Some(&now)).is_ok() && wait[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
+    }
+}
+
+impl AsRawFd for Out {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+impl AsFd for Out {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// Lets a panic of this process be heard by the primary: a child has no standard error of its own.
+pub(crate) fn report_panics(out: &'static Out) {
+    static ONCE: OnceLock<()> = OnceLock::new();
+    ONCE.get_or_init(|| {
+        std::panic::set_hook(Box::new(move |info| {
+            // the thread that panics may hold the queue: then the news must do without it
+            if let Ok(mut queue) = out.queue.try_lock() {
+                queue.push(Kind::Panic, 0, info.to_string().as_bytes());
+                out.waiting.store(true, Ordering::Relaxed);
+            }
+            let _ = out.flush();
+        }));
+    });
+}

@@ -1,0 +1,262 @@
+//! Frames: what a primary and its process workers say to each other over a socket pair.
+//!
+//! | bytes | what |
+//! | --- | --- |
+//! | 4 | length of the body, little-endian |
+//! | 1 | [`Kind`] |
+//! | 8 | id: which task the frame is about, 0 when it is about none; little-endian |
+//! | n | body, mostly JSON |
+//!
+//! The primary opens with a [`Kind::Hello`], whose body names the version of all this. Pure: bytes in, frames out. A
+//! frame that is too long is refused by its first four bytes, before there is memory for it.
+
+/// The version of the frames; both ends are the same binary, so a difference is a mistake and not to be bridged.
+pub(crate) const VERSION: u32 = 1;
+
+const HEADER: usize = 4 + 1 + 8;
+
+/// What a frame says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Kind {
+    /// To the child: who it is and what to do.
+    Hello = 1,
+    /// To the primary: ready for tasks.
+    Ready = 2,
+    /// To the primary: this process ends, and the body says how (an outcome).
+    Ended = 3,
+    /// To the worker: handle the body.
+    Task = 4,
+    /// To the primary: the task's reply.
+    Reply = 5,
+    /// To the primary: the task is done and has no reply.
+    NoReply = 6,
+    /// To the primary: the guest failed the task; the body is its reason.
+    TaskError = 7,
+    /// To the primary: the task ended its instance, and the body says how (an outcome).
+    TaskEnded = 8,
+    /// To the primary: the guest sent a message through its mailbox.
+    Message = 9,
+    /// To the primary: lines the guest printed to its standard output, without their ends.
+    Stdout = 10,
+    /// To the primary: lines the guest printed to its standard error, without their ends.
+    Stderr = 11,
+    /// To the primary: the id is how many bytes of the guest's output were dropped.
+    Dropped = 12,
+    /// To the worker: there will be no more tasks; end when those at hand are done.
+    Drain = 13,
+    /// To the primary: the worker's own code is at fault; the body says where.
+    Panic = 14,
+}
+
+impl Kind {
+    fn from_byte(byte: u8) -> Option<Self> {
+        Some(match byte {
+            1 => Self::Hello,
+            2 => Self::Ready,
+            3 => Self::Ended,
+            4 => Self::Task,
+            5 => Self::Reply,
+            6 => Self::NoReply,
+            7 => Self::TaskError,
+            8 => Self::TaskEnded,
+            9 => Self::Message,
+            10 => Self::Stdout,
+            11 => Self::Stderr,
+            12 => Self::Dropped,
+            13 => Self::Drain,
+            14 => Self::Panic,
+            _ => return None,
+        })
+    }
+}
+
+/// One frame, its body borrowed from the buffer that it came in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Frame<'a> {
+    pub(crate) kind: Kind,
+    pub(crate) id: u64,
+    pub(crate) body: &'a [u8],
+}
+
+/// Why the bytes of the other side are not frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum WireError {
+    #[error("a frame of {length} bytes came, at most {max} are taken")]
+    TooLong { length: u32, max: u32 },
+    #[error("a frame of unknown kind {kind} came")]
+    UnknownKind { kind: u8 },
+}
+
+/// Bytes that came, as frames.
+#[derive(Debug)]
+pub(crate) struct Incoming {
+    buffer: Vec<u8>,
+    taken: usize,
+    body_max: u32,
+}
+
+impl Incoming {
+    /// Takes frames whose body has at most `body_max` bytes.
+    pub(crate) fn new(body_max: u32) -> Self {
+        Self { buffer: Vec::new(), taken: 0, body_max }
+    }
+
+    /// The buffer to read more bytes into, at its end. Call it when all whole frames are taken.
+    pub(crate) fn space(&mut self) -> &mut Vec<u8> {
+        if self.taken > 0 {
+            self.buffer.drain(..self.taken);
+            self.taken = 0;
+        }
+        // one read for all that a busy peer has queued; the rest of a long frame at once
+        let missing = match self.buffer.first_chunk::<4>() {
+            Some(length) => HEADER + u32::from_le_bytes(*length).min(self.body_max) as usize,
+            None => 0,
+        };
+        self.buffer.reserve(missing.saturating_sub(self.buffer.len()).max(READ));
+        &mut self.buffer
+    }
+
+    /// Takes the next frame, if it is whole.
+    pub(crate) fn next(&mut self) -> Result<Option<Frame<'_>>, WireError> {
+        let rest = &self.buffer[self.taken..];
+        let Some((length, rest)) = rest.split_first_chunk::<4>() else { return Ok(None) };
+        let length = u32::from_le_bytes(*length);
+        if length > self.body_max {
+            return Err(WireError::TooLong { length, max: self.body_max });
+        }
+        let Some((&[kind], rest)) = rest.split_first_chunk::<1>() else { return Ok(None) };
+        let kind = Kind::from_byte(kind).ok_or(WireError::UnknownKind { kind })?;
+        let Some((id, rest)) = rest.split_first_chunk::<8>() else { return Ok(None) };
+        let Some(body) = rest.get(..length as usize) else { return Ok(None) };
+        self.taken += HEADER + body.len();
+        Ok(Some(Frame { kind, id: u64::from_le_bytes(*id), body }))
+    }
+
+    /// Whether a whole frame is waiting, or something that is no frame.
+    pub(crate) fn has_next(&self) -> bool {
+        let rest = &self.buffer[self.taken..];
+        rest.first_chunk::<4>().is_some_and(|length| rest.len() >= HEADER + u32::from_le_bytes(*length) as usize)
+    }
+}
+
+/// How much is read at once when nothing is known of what comes.
+const READ: usize = 64 << 10;
+
+/// Frames that wait to be written, as bytes.
+#[derive(Debug, Default)]
+pub(crate) struct Outgoing {
+    buffer: Vec<u8>,
+    written: usize,
+}
+
+impl Outgoing {
+    /// Adds a frame.
+    ///
+    /// # Panics
+    /// When the body has 4 GiB or more: messages are bounded far below.
+    pub(crate) fn push(&mut self, kind: Kind, id: u64, body: &[u8]) {
+        let length = u32::try_from(body.len()).expect("messages are bounded far below 4 GiB");
+        self.buffer.reserve(HEADER + body.len());
+        self.buffer.extend_from_slice(&length.to_le_bytes());
+        self.buffer.push(kind as u8);
+        self.buffer.extend_from_slice(&id.to_le_bytes());
+        self.buffer.extend_from_slice(body);
+    }
+
+    /// The bytes that wait.
+    pub(crate) fn pending(&self) -> &[u8] {
+        &self.buffer[self.written..]
+    }
+
+    /// Notes that the first `count` of them are written.
+    pub(crate) fn advance(&mut self, count: usize) {
+        self.written += count;
+        if self.written == self.buffer.len() {
+            self.buffer.clear();
+            self.written = 0;
+        } else if self.written > 1 << 20 && self.written * 2 > self.buffer.len() {
+            self.buffer.drain(..self.written);
+            self.written = 0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(frames: &[(Kind, u64, &[u8])]) -> Vec<u8> {
+        let mut outgoing = Outgoing::default();
+        for (kind, id, body) in frames {
+            outgoing.push(*kind, *id, body);
+        }
+        outgoing.pending().to_vec()
+    }
+
+    #[test]
+    fn frames_survive_any_cut() {
+        let frames: &[(Kind, u64, &[u8])] =
+            &[(Kind::Task, 7, b"[1,2]"), (Kind::NoReply, u64::MAX, b""), (Kind::Reply, 8, &[b'x'; 300])];
+        let whole = bytes(frames);
+        for step in [1, 2, 3, 5, 13, 64, whole.len()] {
+            let mut incoming = Incoming::new(300);
+            let mut count = 0;
+            for piece in whole.chunks(step) {
+                incoming.space().extend_from_slice(piece);
+                loop {
+                    let promised = incoming.has_next();
+                    let Some(frame) = incoming.next().expect("frames") else {
+                        assert!(!promised);
+                        break;
+                    };
+                    assert!(promised);
+                    assert_eq!((frame.kind, frame.id, frame.body), frames[count]);
+                    count += 1;
+                }
+            }
+            assert_eq!(count, frames.len(), "in steps of {step}");
+        }
+    }
+
+    #[test]
+    fn a_long_frame_is_refused_by_its_length_alone() {
+        let mut incoming = Incoming::new(100);
+        incoming.space().extend_from_slice(&u32::MAX.to_le_bytes());
+        assert!(incoming.buffer.capacity() < 2 * READ);
+        assert_eq!(incoming.next(), Err(WireError::TooLong { length: u32::MAX, max: 100 }));
+
+        let mut incoming = Incoming::new(100);
+        incoming.space().extend_from_slice(&bytes(&[(Kind::Reply, 1, &[0; 100])]));
+        assert!(incoming.next().expect("just short enough").is_some());
+        incoming.space().extend_from_slice(&bytes(&[(Kind::Reply, 1, &[0; 101])]));
+        assert_eq!(incoming.next(), Err(WireError::TooLong { length: 101, max: 100 }));
+    }
+
+    #[test]
+    fn an_unknown_kind_is_refused() {
+        for kind in [0, 15, 255] {
+            let mut incoming = Incoming::new(100);
+            incoming.space().extend_from_slice(&[0, 0, 0, 0, kind, 0, 0, 0, 0, 0, 0, 0, 0]);
+            assert_eq!(incoming.next(), Err(WireError::UnknownKind { kind }));
+        }
+        for kind in 1..=14 {
+            assert_eq!(Kind::from_byte(kind).map(|kind| kind as u8), Some(kind));
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_forgotten() {
+        let mut outgoing = Outgoing::default();
+        outgoing.push(Kind::Task, 1, &[1; 3 << 20]);
+        let whole = outgoing.pending().to_vec();
+        let mut seen = Vec::new();
+        while !outgoing.pending().is_empty() {
+            let count = outgoing.pending().len().min(700_001);
+            seen.extend_from_slice(&outgoing.pending()[..count]);
+            outgoing.advance(count);
+        }
+        assert!(seen == whole);
+        assert_eq!(outgoing.buffer.len(), 0);
+    }
+}
