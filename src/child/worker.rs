@@ -3,6 +3,7 @@
 use std::{
     cell::RefCell,
     io,
+    os::unix::net::UnixStream as StdStream,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
@@ -10,7 +11,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use tokio::{
-    io::{Interest, unix::AsyncFd},
+    io::Interest,
+    net::UnixStream,
     task::{JoinSet, LocalSet},
 };
 
@@ -26,8 +28,8 @@ use crate::{
         wire::{Incoming, Kind},
     },
     sandbox::{
-        Answer, Code, EngineSpec, Identity, Inspection, Instance, LoadError, Outbox, Sandbox, SendRefused, Setup,
-        Shape, Stdio, cpu_ms,
+        Answer, Code, EngineSpec, Full, Identity, Inspection, Instance, LoadError, Outbox, Sandbox, Setup, Shape,
+        Stdio, cpu_ms,
     },
 };
 
@@ -72,7 +74,7 @@ pub(super) fn main(start: Start) -> i32 {
         i32::from(outcome.end.exit_code())
     };
     match Worker::new(start, out.clone()) {
-        Ok((worker, incoming)) => match worker.run(incoming) {
+        Ok((worker, socket, incoming)) => match worker.run(socket, incoming) {
             Ok(outcome) => ended(&outcome),
             // the primary is gone
             Err(_) => 125,
@@ -103,9 +105,9 @@ struct Worker {
 struct Mailbox(Arc<Out>);
 
 impl Outbox for Mailbox {
-    fn send(&self, message: Message) -> Result<(), SendRefused> {
+    fn send(&self, message: Message) -> Result<(), Full> {
         if self.0.waiting_bytes() > MAILBOX_MAX {
-            return Err(SendRefused::Full);
+            return Err(Full);
         }
         self.0.push(Kind::Message, 0, message.as_str().as_bytes());
         Ok(())
@@ -113,7 +115,7 @@ impl Outbox for Mailbox {
 }
 
 impl Worker {
-    fn new(start: Start, out: Arc<Out>) -> Result<(Self, Incoming), LoadError> {
+    fn new(start: Start, out: Arc<Out>) -> Result<(Self, StdStream, Incoming), LoadError> {
         let broken = |reason: String| LoadError::Invalid { reason };
         let config: WorkerConfig =
             serde_json::from_str(start.hello.config.get()).map_err(|error| broken(error.to_string()))?;
@@ -153,19 +155,19 @@ impl Worker {
             idle: RefCell::default(),
             ended: RefCell::default(),
         };
-        Ok((worker, start.incoming))
+        Ok((worker, start.socket, start.incoming))
     }
 
     /// Works until it is drained, or the guest ends it.
-    fn run(self, incoming: Incoming) -> io::Result<Outcome> {
+    fn run(self, socket: StdStream, incoming: Incoming) -> io::Result<Outcome> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let worker = Rc::new(self);
-        let outcome = LocalSet::new().block_on(&runtime, worker.serve(incoming));
+        let outcome = LocalSet::new().block_on(&runtime, worker.serve(socket, incoming));
         runtime.shutdown_background();
         outcome
     }
 
-    async fn serve(self: Rc<Self>, mut incoming: Incoming) -> io::Result<Outcome> {
+    async fn serve(self: Rc<Self>, socket: StdStream, mut incoming: Incoming) -> io::Result<Outcome> {
         // the first instance is made before the worker is ready: a guest that cannot start is never given a task
         match self.sandbox.start(&self.setup).await {
             Ok(instance) => self.idle.borrow_mut().push(instance),
@@ -178,7 +180,7 @@ impl Worker {
         self.out.push(Kind::Ready, 0, b"");
         self.out.flush()?;
 
-        let socket = AsyncFd::register_with_interest(self.out.clone(), Interest::READABLE | Interest::WRITABLE)?;
+        let socket = UnixStream::from_std(socket)?;
         let mut at_work = JoinSet::new();
         loop {
             if self.take_tasks(&mut incoming, &mut at_work).await {
@@ -192,20 +194,20 @@ impl Worker {
             let all_written = self.out.flush()?;
             tokio::select! {
                 biased;
-                ready = socket.readable() => {
-                    let mut ready = ready?;
-                    match rustix::io::read(&*self.out, rustix::buffer::spare_capacity(incoming.space())) {
+                readable = socket.readable() => {
+                    readable?;
+                    match socket.try_read_buf(incoming.space()) {
                         Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                        Ok(_) => {}
-                        Err(rustix::io::Errno::AGAIN) => ready.clear_ready(),
-                        Err(rustix::io::Errno::INTR) => {}
-                        Err(error) => return Err(error.into()),
+                        Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+                        _ => {}
                     }
                 }
-                ready = socket.writable(), if !all_written => {
-                    let mut ready = ready?;
-                    if !self.out.flush()? {
-                        ready.clear_ready();
+                writable = socket.writable(), if !all_written => {
+                    writable?;
+                    let flush = || if self.out.flush()? { Ok(()) } else { Err(io::ErrorKind::WouldBlock.into()) };
+                    match socket.try_io(Interest::WRITABLE, flush) {
+                        Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+                        _ => {}
                     }
                 }
                 _ = at_work.join_next(), if !at_work.is_empty() => {}

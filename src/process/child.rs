@@ -3,7 +3,7 @@
 use std::{
     io::{self, Read, Write},
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        fd::{FromRawFd, OwnedFd},
         unix::net::UnixStream,
     },
     sync::{
@@ -181,18 +181,6 @@ impl Out {
         let mut wait = [PollFd::new(&self.socket, PollFlags::empty())];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         poll(&mut wait, Some(&now)).is_ok() && wait[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
-    }
-}
-
-impl AsRawFd for Out {
-    fn as_raw_fd(&self) -> RawFd {
-        self.socket.as_raw_fd()
-    }
-}
-
-impl AsFd for Out {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
     }
 }
 

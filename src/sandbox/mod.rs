@@ -25,7 +25,7 @@ pub(crate) use self::{
     code::{Code, compile},
     engine::{EngineSpec, Pool},
     guest::binary,
-    host::{Identity, Outbox, SendRefused},
+    host::{Full, Identity, Outbox},
     inspect::{import_hint, offered},
     instance::{Answer, Instance, Setup, cpu_ms},
     stdio::{OutputSink, Stdio},

@@ -13,18 +13,13 @@ use crate::{
 
 /// Where a guest's messages go. Sending never blocks.
 pub(crate) trait Outbox: Send + Sync {
-    /// Takes one message.
-    fn send(&self, message: Message) -> Result<(), SendRefused>;
+    /// Takes one message, if there is room.
+    fn send(&self, message: Message) -> Result<(), Full>;
 }
 
-/// Why a message was not taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum SendRefused {
-    /// There is no room now.
-    Full,
-    /// Nobody receives.
-    Closed,
-}
+/// There is no room now.
+#[derive(Debug)]
+pub(crate) struct Full;
 
 impl types::Host for State {}
 
@@ -36,10 +31,7 @@ impl Host for State {
             MessageError::TooLong { .. } => SendError::TooLarge(max.0),
             error => SendError::NotJson(error.to_string()),
         })?;
-        outbox.send(message).map_err(|refused| match refused {
-            SendRefused::Full => SendError::Full,
-            SendRefused::Closed => SendError::Closed,
-        })
+        outbox.send(message).map_err(|Full| SendError::Full)
     }
 
     /// A handler's messages come as tasks, and a command that runs by itself has no parent: there is nothing to wait for.

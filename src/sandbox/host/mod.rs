@@ -3,10 +3,10 @@
 mod mailbox;
 mod worker;
 
-pub(crate) use mailbox::{Outbox, SendRefused};
+pub(crate) use mailbox::{Full, Outbox};
 pub(crate) use worker::Identity;
 
-#[expect(missing_docs, clippy::pedantic, unreachable_pub, reason = "generated; the WIT has the docs")]
+#[expect(clippy::pedantic, reason = "generated")]
 pub(crate) mod bindings {
     wasmtime::component::bindgen!({
         path: "wit",
