@@ -16,6 +16,7 @@ use crate::{
 fn main() -> ExitCode {
     wrun::init();
     let cli = Cli::parse();
+    report::log_to_stderr(cli.log_format, cli.verbose);
     let printer = Printer { format: cli.log_format };
     let done = match cli.command {
         Command::Run(args) => run(args, printer),

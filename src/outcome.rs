@@ -109,10 +109,12 @@ pub enum LimitKind {
 pub struct Usage {
     /// Wall-clock time in milliseconds.
     pub wall_ms: u64,
-    /// CPU time in milliseconds.
-    pub cpu_ms: u64,
-    /// The largest linear memory that the guest had, in bytes; 0 when it was not seen (a killed worker).
-    pub memory_peak: u64,
+    /// CPU time of its process in milliseconds; not known of one that was killed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_ms: Option<u64>,
+    /// The largest linear memory that the guest had, in bytes; not known of one that was killed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_peak: Option<u64>,
     /// Fuel used; only when fuel is metered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fuel: Option<u64>,
@@ -215,8 +217,8 @@ mod tests {
     fn outcome_is_one_flat_object() {
         let outcome = End::Limit { limit: LimitKind::Memory, allowed: "8MiB".into() }.with(Usage {
             wall_ms: 7,
-            cpu_ms: 5,
-            memory_peak: 9,
+            cpu_ms: Some(5),
+            memory_peak: Some(9),
             fuel: None,
         });
         let text = serde_json::to_string(&outcome).expect("plain data");

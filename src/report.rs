@@ -2,7 +2,7 @@
 //!
 //! What comes from a guest is hostile text: control characters are escaped before a terminal sees them.
 
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is the place that prints")]
+#![expect(clippy::print_stderr, reason = "this is the place that prints")]
 
 use std::{
     fmt::Write as _,
@@ -20,6 +20,16 @@ use wrun::{
 
 use crate::cli::LogFormat;
 
+/// Lets what wrun's parts warn of, or with `verbose` all they tell, be seen on standard error.
+pub(crate) fn log_to_stderr(format: LogFormat, verbose: bool) {
+    let level = if verbose { tracing::Level::DEBUG } else { tracing::Level::WARN };
+    let log = tracing_subscriber::fmt().with_max_level(level).with_writer(io::stderr).with_ansi(false).without_time();
+    match format {
+        LogFormat::Json => log.json().init(),
+        LogFormat::Text => log.init(),
+    }
+}
+
 /// Prints about a command while it runs and when it ends.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Printer {
@@ -31,7 +41,7 @@ impl Printer {
     pub(crate) fn error(self, error: &Error) {
         match self.format {
             LogFormat::Json => {
-                self.log_line(&json!({"event": "error", "message": error.to_string(), "hint": error.hint()}))
+                self.log_line(&json!({"event": "error", "message": error.to_string(), "hint": error.hint()}));
             }
             LogFormat::Text => {
                 let mut text = format!("wrun: error: {}\n", Clean(&error.to_string()));

@@ -15,10 +15,8 @@ pub(crate) use self::{compiler::compile_aside, worker::WorkerConfig};
 /// looks at its arguments: the pool's workers are this program, started again.
 ///
 /// ```
-/// fn main() {
-///     wrun::init();
-///     // the program
-/// }
+/// wrun::init();
+/// // the program
 /// ```
 #[expect(clippy::exit, reason = "a child has no main to return to")]
 pub fn init() {

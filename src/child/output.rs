@@ -154,7 +154,7 @@ mod tests {
         lines.write(Stream::Stdout, b"one\ntwo");
         lines.write(Stream::Stderr, b"other\n");
         lines.write(Stream::Stdout, b" and more\n\n");
-        lines.write(Stream::Stdout, &[b'x'; LINE_MAX + 1]);
+        lines.write(Stream::Stdout, &vec![b'x'; LINE_MAX + 1]);
         lines.settle();
         assert!(out.flush().expect("open"));
         drop((lines, out));

@@ -4,7 +4,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     thread::Thread,
     time::{Duration, Instant},
@@ -36,6 +36,17 @@ pub(super) struct Pulse {
 struct Shared {
     asleep: AtomicBool,
     touched: AtomicBool,
+    /// How many tasks need the epoch clock.
+    timed: AtomicU32,
+}
+
+/// While there is one, the epoch clock runs.
+pub(super) struct Timed<'a>(&'a Shared);
+
+impl Drop for Timed<'_> {
+    fn drop(&mut self) {
+        self.0.timed.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Pulse {
@@ -66,14 +77,22 @@ impl Pulse {
     }
 }
 
+impl Pulse {
+    /// A task begins that the epoch clock must end in time.
+    pub(super) fn time(&self) -> Timed<'_> {
+        self.shared.timed.fetch_add(1, Ordering::Relaxed);
+        self.touch();
+        Timed(&self.shared)
+    }
+}
+
 impl Shared {
-    #[expect(clippy::exit, reason = "without a primary there is nothing to live for")]
     fn run(&self, page: &Page, out: &Out, lines: &Lines, ticker: Option<&Ticker>, beat: Duration) {
-        let (mut beaten, mut ticked, mut busy_until) = (None::<Instant>, Instant::now(), Instant::now());
+        let (mut last_beat, mut last_tick, mut busy_until) = (None::<Instant>, Instant::now(), Instant::now());
         loop {
             let now = Instant::now();
-            if beaten.is_none_or(|at| now.duration_since(at) >= beat) {
-                beaten = Some(now);
+            if last_beat.is_none_or(|at| now.duration_since(at) >= beat) {
+                last_beat = Some(now);
                 page.beat();
                 lines.tell();
                 // the parent-death signal should have come first; this is for the kernel that sends none
@@ -82,9 +101,9 @@ impl Shared {
                 }
             }
             if let Some(ticker) = ticker
-                && now.duration_since(ticked) >= TICK
+                && now.duration_since(last_tick) >= TICK
             {
-                ticked = now;
+                last_tick = now;
                 ticker.tick();
             }
             // an error here is met again by the thread that reads
@@ -94,6 +113,8 @@ impl Shared {
             }
             if now < busy_until {
                 std::thread::sleep(FLUSH);
+            } else if self.timed.load(Ordering::Relaxed) > 0 {
+                std::thread::sleep(TICK);
             } else {
                 self.asleep.store(true, Ordering::Release);
                 if !self.touched.load(Ordering::Acquire) {

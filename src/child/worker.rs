@@ -21,7 +21,7 @@ use crate::{
     grant::Grants,
     limits::Limits,
     message::Message,
-    outcome::{End, LimitKind, Outcome, Usage, millis},
+    outcome::{End, LimitKind, Outcome, Usage},
     process::{
         Page,
         child::{Out, Start, report_panics},
@@ -185,7 +185,7 @@ impl Worker {
         loop {
             if self.take_tasks(&mut incoming, &mut at_work).await {
                 while at_work.join_next().await.is_some() {}
-                let usage = Usage { cpu_ms: cpu_ms(), ..Usage::wall(self.started.elapsed()) };
+                let usage = Usage { cpu_ms: Some(cpu_ms()), ..Usage::wall(self.started.elapsed()) };
                 return Ok(self.ended.take().unwrap_or_else(|| End::Exited { code: 0 }.with(usage)));
             }
             if let Some(outcome) = self.ended.take() {
@@ -228,7 +228,8 @@ impl Worker {
                 Ok(Some(_)) => continue,
                 Ok(None) | Err(_) => return false,
             };
-            if self.timeout.is_some() || incoming.has_next() {
+            // an answer that lies ready must not wait for this task, however long that takes
+            if self.out.is_waiting() {
                 self.pulse.touch();
             }
             if self.concurrency == 1 {
@@ -256,10 +257,13 @@ impl Worker {
         let idle = self.idle.borrow_mut().pop();
         let result = match self.timeout {
             None => self.attempt(idle, message).await,
-            Some(timeout) => tokio::time::timeout(timeout, self.attempt(idle, message)).await.unwrap_or_else(|_| {
-                let usage = Usage { wall_ms: millis(begun.elapsed()), cpu_ms: cpu_ms(), memory_peak: 0, fuel: None };
-                Err(End::Limit { limit: LimitKind::Time, allowed: format!("{timeout:?}") }.with(usage))
-            }),
+            Some(timeout) => {
+                let _clock = self.pulse.time();
+                tokio::time::timeout(timeout, self.attempt(idle, message)).await.unwrap_or_else(|_| {
+                    let end = End::Limit { limit: LimitKind::Time, allowed: format!("{timeout:?}") };
+                    Err(end.with(Usage::wall(begun.elapsed())))
+                })
+            }
         };
         self.lines.settle();
         let max = self.setup.limits.message_max;

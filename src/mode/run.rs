@@ -7,7 +7,7 @@ use crate::{
     grant::Grants,
     limits::Limits,
     message::Message,
-    outcome::{End, LimitKind, Outcome, Usage, millis},
+    outcome::{End, LimitKind, Outcome, Usage},
     sandbox::{Cache, Code, EngineSpec, Guest, Identity, LoadError, Sandbox, Setup, Shape, Stdio, cpu_ms},
 };
 
@@ -155,12 +155,8 @@ async fn run_until(sandbox: &Sandbox, setup: &Arc<Setup>, interrupt: Interrupt) 
     };
     let Some(timeout) = setup.limits.timeout else { return run.await };
     let out_of_time = move || {
-        End::Limit { limit: LimitKind::Time, allowed: format!("{timeout:?}") }.with(Usage {
-            wall_ms: millis(started.elapsed()),
-            cpu_ms: cpu_ms(),
-            memory_peak: 0,
-            fuel: None,
-        })
+        End::Limit { limit: LimitKind::Time, allowed: format!("{timeout:?}") }
+            .with(Usage { cpu_ms: Some(cpu_ms()), ..Usage::wall(started.elapsed()) })
     };
     match interrupt {
         Interrupt::Exit(exit) => {

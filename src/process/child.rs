@@ -139,6 +139,11 @@ impl Out {
         queue.pending().len()
     }
 
+    /// Whether anything waits.
+    pub(crate) fn is_waiting(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed)
+    }
+
     /// How many bytes wait.
     pub(crate) fn waiting_bytes(&self) -> usize {
         self.queue().pending().len()
@@ -149,7 +154,7 @@ impl Out {
     /// # Errors
     /// When the primary is gone.
     pub(crate) fn flush(&self) -> io::Result<bool> {
-        if !self.waiting.load(Ordering::Relaxed) {
+        if !self.is_waiting() {
             return Ok(true);
         }
         let mut queue = self.queue();

@@ -100,13 +100,12 @@ impl Cache {
                 None
             }
         });
-        let file = match kept {
-            Some(file) => file,
-            None => {
-                let mut file = File::from(rustix::fs::memfd_create("wrun-code", MemfdFlags::CLOEXEC)?);
-                file.write_all(packed)?;
-                file
-            }
+        let file = if let Some(file) = kept {
+            file
+        } else {
+            let mut file = File::from(rustix::fs::memfd_create("wrun-code", MemfdFlags::CLOEXEC)?);
+            file.write_all(packed)?;
+            file
         };
         Code::open(file).ok_or_else(|| io::Error::other("what was just written is damaged"))
     }

@@ -51,7 +51,7 @@ pub(crate) struct State {
 }
 
 enum Wasi {
-    Component(WasiCtx, ResourceTable),
+    Component(Box<(WasiCtx, ResourceTable)>),
     Module(Box<WasiP1Ctx>),
 }
 
@@ -120,7 +120,7 @@ impl ResourceLimiter for Limiter {
 impl WasiView for State {
     fn ctx(&mut self) -> WasiCtxView<'_> {
         match &mut self.wasi {
-            Wasi::Component(ctx, table) => WasiCtxView { ctx, table },
+            Wasi::Component(both) => WasiCtxView { ctx: &mut both.0, table: &mut both.1 },
             Wasi::Module(_) => unreachable!("core modules are linked to preview 1 only"),
         }
     }
@@ -137,7 +137,7 @@ pub(super) fn link_component(linker: &mut Linker<State>) -> wasmtime::Result<()>
 pub(super) fn link_module(linker: &mut wasmtime::Linker<State>) -> wasmtime::Result<()> {
     wasmtime_wasi::p1::add_to_linker_async(linker, |state: &mut State| match &mut state.wasi {
         Wasi::Module(ctx) => ctx,
-        Wasi::Component(..) => unreachable!("components are linked to WASI 0.2 only"),
+        Wasi::Component(_) => unreachable!("components are linked to WASI 0.2 only"),
     })
 }
 
@@ -166,7 +166,7 @@ impl State {
             Form::Component => {
                 let mut table = ResourceTable::new();
                 table.set_max_capacity(RESOURCES_MAX);
-                Wasi::Component(wasi.build(), table)
+                Wasi::Component(Box::new((wasi.build(), table)))
             }
             Form::Module => Wasi::Module(Box::new(wasi.build_p1())),
         };
@@ -271,8 +271,8 @@ pub(crate) fn cpu_ms() -> u64 {
 fn usage(store: &mut Store<State>, since: Instant, limits: &Limits) -> Usage {
     Usage {
         wall_ms: millis(since.elapsed()),
-        cpu_ms: cpu_ms(),
-        memory_peak: store.data().limiter.memory_peak as u64,
+        cpu_ms: Some(cpu_ms()),
+        memory_peak: Some(store.data().limiter.memory_peak as u64),
         fuel: limits.fuel.and_then(|fuel| Some(fuel.saturating_sub(store.get_fuel().ok()?))),
     }
 }

@@ -99,7 +99,7 @@ pub enum LoadError {
         reason: String,
     },
     /// It is not the shape of guest that was asked for.
-    #[error("expected a {expected} guest, found {found}", found = found_shape(.found, *.form))]
+    #[error("expected a {expected} guest, found {found}", found = found_shape(*.found, *.form))]
     WrongShape {
         /// What was asked for.
         expected: Shape,
@@ -134,7 +134,7 @@ pub enum LoadError {
     },
 }
 
-fn found_shape(found: &Option<Shape>, form: Form) -> String {
+fn found_shape(found: Option<Shape>, form: Form) -> String {
     match found {
         Some(shape) => format!("a {shape} guest ({form})"),
         None => format!("a {form} that exports nothing wrun can run"),

@@ -42,7 +42,7 @@ impl Default for Policy {
             pause_max: Duration::from_secs(30),
             stable_after: Duration::from_secs(30),
             deaths_max: 5,
-            deaths_within: Duration::from_secs(60),
+            deaths_within: Duration::from_mins(1),
         }
     }
 }
@@ -125,9 +125,8 @@ mod tests {
         let policy = Policy::default();
         assert_eq!(pauses(&policy, Duration::ZERO, SECOND, 5), [Some(0), Some(100), Some(200), Some(400), None]);
         // 15 s apart, the fifth is 60 s after the first, which no longer counts; just under, it does
-        let apart = SECOND * 15;
-        assert!(pauses(&policy, Duration::ZERO, apart, 5)[4].is_some());
-        assert!(pauses(&policy, Duration::ZERO, apart - Duration::from_millis(1), 5)[4].is_none());
+        assert!(pauses(&policy, Duration::ZERO, SECOND * 15, 5)[4].is_some());
+        assert!(pauses(&policy, Duration::ZERO, Duration::from_millis(14_999), 5)[4].is_none());
     }
 
     #[test]
@@ -139,7 +138,7 @@ mod tests {
     #[test]
     fn a_stable_worker_starts_again_at_once() {
         let policy = Policy { deaths_max: usize::MAX, ..Policy::default() };
-        let just_under = policy.stable_after - Duration::from_millis(1);
+        let just_under = Duration::from_millis(29_999);
         assert_eq!(pauses(&policy, policy.stable_after, SECOND, 3), [Some(0), Some(0), Some(0)]);
         assert_eq!(pauses(&policy, just_under, SECOND, 3), [Some(0), Some(100), Some(200)]);
         // but flapping just over the reset is caught by the window all the same

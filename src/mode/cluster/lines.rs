@@ -83,11 +83,7 @@ pub fn run(
             signals: Signals::new().map_err(Error::io("listen for signals"))?,
             stopped: None,
             input_error: None,
-            answers: Answers {
-                writer: writer.clone(),
-                ready: vec![],
-                ordered: window.map(|window| Ordered::new(window)),
-            },
+            answers: Answers { writer: writer.clone(), ready: vec![], ordered: window.map(Ordered::new) },
         };
         let mut pool = builder.pool(client, Box::new(events)).await?;
         // only now: nothing is read from the input of a pool that cannot start

@@ -8,6 +8,7 @@ pub mod lines;
 mod pool;
 
 use std::{
+    future::Future,
     os::fd::AsFd,
     path::PathBuf,
     task::{Context, Poll},
@@ -18,7 +19,7 @@ use std::{
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 pub use self::pool::Answer;
-use self::pool::{Client, Finish, Pool, PoolLimits, Request, Stop};
+use self::pool::{Client, Pool, PoolLimits, Request, Stop};
 use crate::{
     Error,
     child::{WorkerConfig, compile_aside},
@@ -199,13 +200,52 @@ impl Builder {
     /// When the guest cannot be loaded or is no handler, something granted is not there, no worker gets ready, or
     /// [`init`](crate::init) was not called first.
     pub async fn start(self) -> Result<Cluster, Error> {
+        let (started, ready) = oneshot::channel();
+        // The kernel ends workers together with the thread that made them, so that thread is the pool's own.
+        let thread = std::thread::Builder::new()
+            .name("wrun-pool".into())
+            .spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+                let runtime = match runtime.map_err(Error::io("start the runtime")) {
+                    Ok(runtime) => runtime,
+                    Err(error) => {
+                        let _ = started.send(Err(error));
+                        return Ok(());
+                    }
+                };
+                runtime.block_on(async {
+                    match self.start_here().await {
+                        Ok((cluster, run)) => {
+                            let _ = started.send(Ok(cluster));
+                            run.await
+                        }
+                        Err(error) => {
+                            let _ = started.send(Err(error));
+                            Ok(())
+                        }
+                    }
+                })
+            })
+            .map_err(Error::io("start the pool's thread"))?;
+        let mut cluster = ready.await.map_err(|_| Error::Stopped)??;
+        cluster.thread = Some(thread);
+        Ok(cluster)
+    }
+
+    /// As [`Builder::start`], for a program that lets the pool run on its own thread: nothing moves unless the future
+    /// that comes with it is polled. It resolves when the pool has ended.
+    ///
+    /// A task then costs no more than the wake-ups of the worker and of this thread. But the kernel ends the workers
+    /// together with this thread, so it must live as long as they are wanted.
+    ///
+    /// # Errors
+    /// As [`Builder::start`].
+    pub async fn start_here(self) -> Result<(Cluster, impl Future<Output = Result<(), Error>>), Error> {
         let (tasks, submitted) = mpsc::channel(self.queue.max(1));
         let (events, _) = broadcast::channel(1024);
         let (stop, stopped) = mpsc::unbounded_channel();
-        let (started, ready) = oneshot::channel();
-        let mut started = Some(started);
-        let told = events.clone();
         let (online, mut first) = mpsc::unbounded_channel::<()>();
+        let told = events.clone();
         let sink: EventSink = Box::new(move |event| {
             if matches!(event, Event::Online { .. }) {
                 let _ = online.send(());
@@ -213,46 +253,13 @@ impl Builder {
             // nobody may be listening
             let _ = told.send(event);
         });
-        let client = Handle { submitted, stopped, finished: vec![] };
-        // The kernel ends workers together with the thread that made them, so that thread is the pool's own.
-        let thread = std::thread::Builder::new()
-            .name("wrun-pool".into())
-            .spawn(move || {
-                let runtime = tokio::runtime::Builder::new_current_thread()
-                    .enable_all()
-                    .build()
-                    .map_err(Error::io("start the runtime"))?;
-                runtime.block_on(async {
-                    let mut pool = match self.pool(client, sink).await {
-                        Ok(pool) => pool,
-                        Err(error) => {
-                            let _ = started.take().map(|started| started.send(Err(error)));
-                            return Ok(Finish::Drained);
-                        }
-                    };
-                    let run = pool.run();
-                    tokio::pin!(run);
-                    tokio::select! {
-                        ended = &mut run => return match (started.take(), ended) {
-                            (Some(started), Err(error)) => {
-                                let _ = started.send(Err(error.of_pool()));
-                                Ok(Finish::Drained)
-                            }
-                            (_, ended) => ended,
-                        },
-                        _ = first.recv() => {
-                            let _ = started.take().map(|started| started.send(Ok(())));
-                        }
-                    }
-                    run.await
-                })
-            })
-            .map_err(Error::io("start the pool's thread"))?;
-        match ready.await {
-            Ok(Ok(())) => Ok(Cluster { tasks, stop, events, thread: Some(thread) }),
-            Ok(Err(error)) => Err(error),
-            Err(_) => Err(Error::Stopped),
+        let mut pool = self.pool(Handle { submitted, stopped, finished: vec![] }, sink).await?;
+        let mut run = Box::pin(async move { pool.run().await.map(drop).map_err(Error::of_pool) });
+        tokio::select! {
+            ended = &mut run => return Err(ended.err().unwrap_or(Error::Stopped)),
+            _ = first.recv() => {}
         }
+        Ok((Cluster { tasks, stop: Some(stop), events, thread: None }, run))
     }
 
     /// Compiles the guest and makes the pool; its workers start when it runs.
@@ -334,28 +341,32 @@ fn launch(program: &Program, config: &WorkerConfig, code: &Code, body_max: u32) 
 
 /// A running pool of workers. Dropping it ends them at once; [`Cluster::shutdown`] lets them finish.
 ///
-/// ```
+/// ```standalone_crate
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use wrun::{Cluster, cluster::Answer, event::Event, message::Message};
 ///
 /// wrun::init(); // workers are this program, started again
-/// # let guest = guest_artifacts::DATA_PROCESSOR;
+/// # let guest = guest_artifacts::WHOAMI;
 /// # let rt = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
 /// # rt.block_on(async {
-/// let cluster = Cluster::builder(guest).workers(2).start().await?;
+/// let cluster = Cluster::builder(guest).workers(2).data(Message::of(&42)?).start().await?;
 /// let mut events = cluster.events();
 ///
-/// let answer = cluster.request(Message::parse(r#"{"data":[1,2,3]}"#)?).await?;
-/// assert_eq!(answer, Answer::Reply(Message::parse(r#"{"result":[2,4,6],"count":3}"#)?));
+/// #[derive(serde::Deserialize)]
+/// struct Who {
+///     pid: i32,
+///     data: u32,
+/// }
+/// let Answer::Reply(reply) = cluster.request(Message::null()).await? else { panic!("whoami replies") };
+/// let who: Who = reply.to()?;
+/// assert_eq!(who.data, 42);
 ///
 /// // A worker that dies is replaced.
-/// # let pid = loop {
-/// #     if let Event::Fork { pid, .. } = events.recv().await? { break pid }
-/// # };
-/// # let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
-/// # rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
+/// # let pid = rustix::process::Pid::from_raw(who.pid).expect("a process");
+/// rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
 /// while !matches!(events.recv().await?, Event::Exit { .. }) {}
-/// assert!(matches!(events.recv().await?, Event::Restart { .. }));
+/// while !matches!(events.recv().await?, Event::Restart { .. }) {}
+/// assert!(matches!(cluster.request(Message::null()).await?, Answer::Reply(_)));
 ///
 /// cluster.shutdown().await?;
 /// # Ok(()) })
@@ -364,9 +375,11 @@ fn launch(program: &Program, config: &WorkerConfig, code: &Code, body_max: u32) 
 #[derive(Debug)]
 pub struct Cluster {
     tasks: mpsc::Sender<(oneshot::Sender<Answer>, Message)>,
-    stop: mpsc::UnboundedSender<Stop>,
+    /// Taken by a shutdown; a drop without one stops the pool at once.
+    stop: Option<mpsc::UnboundedSender<Stop>>,
     events: broadcast::Sender<Event>,
-    thread: Option<JoinHandle<Result<Finish, Error>>>,
+    /// Where the pool runs, when that is a thread of its own.
+    thread: Option<JoinHandle<Result<(), Error>>>,
 }
 
 impl Cluster {
@@ -396,14 +409,18 @@ impl Cluster {
     /// Takes no more tasks, waits until those that were begun are answered, for at most the grace time, and ends the
     /// workers. Requests that were not begun are answered with a cancelled outcome.
     ///
+    /// Of a pool that runs on the caller's thread ([`Builder::start_here`]) it only asks: that one's future tells.
+    ///
     /// # Errors
     /// When every worker had failed.
     pub async fn shutdown(mut self) -> Result<(), Error> {
-        let _ = self.stop.send(Stop::Politely);
+        if let Some(stop) = self.stop.take() {
+            let _ = stop.send(Stop::Politely);
+        }
         let Some(thread) = self.thread.take() else { return Ok(()) };
         let joined = tokio::task::spawn_blocking(|| thread.join()).await;
         match joined {
-            Ok(Ok(ended)) => ended.map(drop),
+            Ok(Ok(ended)) => ended,
             _ => Err(Error::Stopped),
         }
     }
@@ -411,8 +428,10 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
+        if let Some(stop) = self.stop.take() {
+            let _ = stop.send(Stop::Now);
+        }
         if let Some(thread) = self.thread.take() {
-            let _ = self.stop.send(Stop::Now);
             // takes as long as the kernel needs to end the workers
             let _ = thread.join();
         }

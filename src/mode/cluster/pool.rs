@@ -99,7 +99,7 @@ pub(crate) struct Pool<C: Client> {
     dispatch: Dispatch<C::Ticket>,
     client: C,
     limits: Limits,
-    pool: PoolLimits,
+    bounds: PoolLimits,
     phase: Phase,
     killed: bool,
     timer: std::pin::Pin<Box<tokio::time::Sleep>>,
@@ -129,7 +129,7 @@ impl<C: Client> Pool<C> {
         workers: u32,
         concurrency: u32,
         limits: Limits,
-        pool: PoolLimits,
+        bounds: PoolLimits,
         client: C,
     ) -> Self {
         Self {
@@ -137,7 +137,7 @@ impl<C: Client> Pool<C> {
             dispatch: Dispatch::new(workers, concurrency, Instant::now()),
             client,
             limits,
-            pool,
+            bounds,
             phase: Phase::Open,
             killed: false,
             timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
@@ -176,9 +176,8 @@ impl<C: Client> Pool<C> {
                 };
             };
             match step {
-                Step::Progress => {}
                 Step::Online(worker) if self.phase != Phase::Draining => self.dispatch.open(worker),
-                Step::Online(_) => {}
+                Step::Online(_) | Step::Progress => {}
                 Step::Gone { worker, outcome, begun } => self.lost(worker, &outcome, begun),
                 Step::Down(failure) => {
                     return Poll::Ready(self.down(failure));
@@ -206,7 +205,7 @@ impl<C: Client> Pool<C> {
         }
         while self.phase == Phase::Open {
             let (tasks, bytes) = self.dispatch.waiting();
-            if tasks >= self.pool.queue || bytes >= self.pool.queue_bytes {
+            if tasks >= self.bounds.queue || bytes >= self.bounds.queue_bytes {
                 break;
             }
             match self.client.poll_next(cx) {
@@ -286,7 +285,7 @@ impl<C: Client> Pool<C> {
 
     /// Ends the worker whose task is out of time.
     fn poll_timeout(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let Some(timeout) = self.pool.kill_after else { return Poll::Pending };
+        let Some(timeout) = self.bounds.kill_after else { return Poll::Pending };
         let Some((at, worker)) = self.dispatch.deadline(timeout) else { return Poll::Pending };
         self.timer.as_mut().reset(at.into());
         if self.timer.as_mut().poll(cx).is_pending() {
@@ -298,7 +297,7 @@ impl<C: Client> Pool<C> {
 
     /// A worker is gone, and its tasks with it, or not.
     fn lost(&mut self, worker: WorkerId, outcome: &Outcome, begun: u64) {
-        let lost = self.dispatch.lost(worker, begun, self.pool.retries);
+        let lost = self.dispatch.lost(worker, begun, self.bounds.retries);
         if lost.retried > 0 {
             let message = format!("{} tasks that it had begun are tried again", lost.retried);
             self.supervisor.emit(Event::Error { worker: Some(worker), message });

@@ -6,7 +6,6 @@ mod worker;
 pub(crate) use mailbox::{Full, Outbox};
 pub(crate) use worker::Identity;
 
-#[expect(clippy::pedantic, reason = "generated")]
 pub(crate) mod bindings {
     wasmtime::component::bindgen!({
         path: "wit",
