@@ -8,7 +8,7 @@ use crate::{
     limits::Limits,
     message::Message,
     outcome::{End, LimitKind, Outcome, Usage, millis},
-    sandbox::{Cache, Code, EngineSpec, Guest, Identity, LoadError, Sandbox, Setup, Shape, Stdio, cpu_ms},
+    sandbox::{Cache, Code, EngineSpec, Guest, Identity, LoadError, Sandbox, Setup, Shape, Stdio, cpu_ms, open_file},
 };
 
 /// What to run, and how.
@@ -192,9 +192,6 @@ async fn run_until(sandbox: &Sandbox, setup: &Arc<Setup>, interrupt: Interrupt) 
 }
 
 fn open_precompiled(path: &std::path::Path) -> Result<Code, LoadError> {
-    let file = std::fs::File::open(path).map_err(|source| match source.kind() {
-        std::io::ErrorKind::NotFound => LoadError::NotFound { path: path.into() },
-        _ => LoadError::Unreadable { path: path.into(), source },
-    })?;
-    Code::open(file).ok_or_else(|| LoadError::Precompiled { reason: "the file is damaged, or not made by wrun".into() })
+    Code::open(open_file(path)?)
+        .ok_or_else(|| LoadError::Precompiled { reason: "the file is damaged, or not made by wrun".into() })
 }

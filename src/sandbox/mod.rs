@@ -24,7 +24,7 @@ pub(crate) use self::{
     cache::write_whole,
     code::{Code, compile},
     engine::{EngineSpec, Pool},
-    guest::{GUEST_MAX, binary},
+    guest::{GUEST_MAX, binary, open_file},
     host::{Identity, Outbox, SendRefused},
     inspect::{import_hint, offered},
     instance::{Answer, Instance, Setup, cpu_ms},
