@@ -166,13 +166,15 @@ async fn run_until(sandbox: &Sandbox, setup: &Arc<Setup>, interrupt: Interrupt) 
         Interrupt::Exit(exit) => {
             // dropping `done` tells the watchdog that the guest has ended
             let (done, ended) = std::sync::mpsc::channel::<()>();
-            std::thread::spawn(move || {
+            let watchdog = std::thread::spawn(move || {
                 if ended.recv_timeout(timeout) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
                     exit(out_of_time());
                 }
             });
             let outcome = run.await;
             drop(done);
+            // a guest that ends while the deadline is being reported does not get a second outcome
+            let _ = watchdog.join();
             outcome
         }
         Interrupt::Epoch => {
