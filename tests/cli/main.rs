@@ -5,5 +5,7 @@
 
 #![expect(clippy::unwrap_used, reason = "what panics in a test has failed it, in its helpers too")]
 
+mod grants;
+mod limits;
 mod run;
 mod wrun;
