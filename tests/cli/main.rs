@@ -6,6 +6,8 @@
 #![expect(clippy::unwrap_used, reason = "what panics in a test has failed it, in its helpers too")]
 
 mod grants;
+mod guests;
+mod inspect;
 mod limits;
 mod run;
 mod wrun;
