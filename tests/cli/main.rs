@@ -5,6 +5,7 @@
 
 #![expect(clippy::unwrap_used, reason = "what panics in a test has failed it, in its helpers too")]
 
+mod compile;
 mod grants;
 mod guests;
 mod inspect;
