@@ -6,8 +6,10 @@
 #![expect(clippy::unwrap_used, reason = "what panics in a test has failed it, in its helpers too")]
 
 mod compile;
+mod contract;
 mod grants;
 mod guests;
+mod help;
 mod inspect;
 mod limits;
 mod run;
