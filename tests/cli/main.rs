@@ -13,4 +13,5 @@ mod help;
 mod inspect;
 mod limits;
 mod run;
+mod tidy;
 mod wrun;
