@@ -2,7 +2,10 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{
+    Args, Parser, Subcommand, ValueEnum,
+    builder::{OsStringValueParser, TypedValueParser},
+};
 use wrun::{
     Cache, Cluster, Error, Restart,
     cluster::{Builder, InstanceLife, Interrupt},
@@ -77,7 +80,9 @@ pub(crate) struct RunArgs {
     #[arg(long, help_heading = "Code")]
     pub(crate) precompiled: bool,
     /// Write how it ended as one JSON object, to standard error or to FILE
-    #[arg(long, num_args = 0..=1, require_equals = true, value_name = "FILE", default_missing_value = "", help_heading = "Output")]
+    #[arg(long, num_args = 0..=1, require_equals = true, value_name = "FILE", help_heading = "Output")]
+    // clap's own parser of paths refuses the empty one, which stands for no file
+    #[arg(default_missing_value = "", value_parser = OsStringValueParser::new().map(PathBuf::from))]
     pub(crate) json: Option<PathBuf>,
 }
 

@@ -8,7 +8,7 @@ use crate::{
     limits::Limits,
     message::Message,
     outcome::{End, LimitKind, Outcome, Usage},
-    sandbox::{Cache, Code, EngineSpec, Guest, Identity, LoadError, Sandbox, Setup, Shape, Stdio, cpu_ms},
+    sandbox::{Cache, Code, EngineSpec, Guest, Identity, LoadError, Sandbox, Setup, Shape, Stdio, cpu_ms, open_file},
 };
 
 /// What to run, and how.
@@ -162,13 +162,15 @@ async fn run_until(sandbox: &Sandbox, setup: &Arc<Setup>, interrupt: Interrupt) 
         Interrupt::Exit(exit) => {
             // dropping `done` tells the watchdog that the guest has ended
             let (done, ended) = std::sync::mpsc::channel::<()>();
-            std::thread::spawn(move || {
+            let watchdog = std::thread::spawn(move || {
                 if ended.recv_timeout(timeout) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
                     exit(out_of_time());
                 }
             });
             let outcome = run.await;
             drop(done);
+            // a guest that ends while the deadline is being reported does not get a second outcome
+            let _ = watchdog.join();
             outcome
         }
         Interrupt::Epoch => {
@@ -188,9 +190,6 @@ async fn run_until(sandbox: &Sandbox, setup: &Arc<Setup>, interrupt: Interrupt) 
 }
 
 fn open_precompiled(path: &std::path::Path) -> Result<Code, LoadError> {
-    let file = std::fs::File::open(path).map_err(|source| match source.kind() {
-        std::io::ErrorKind::NotFound => LoadError::NotFound { path: path.into() },
-        _ => LoadError::Unreadable { path: path.into(), source },
-    })?;
-    Code::open(file).ok_or_else(|| LoadError::Precompiled { reason: "the file is damaged, or not made by wrun".into() })
+    Code::open(open_file(path)?)
+        .ok_or_else(|| LoadError::Precompiled { reason: "the file is damaged, or not made by wrun".into() })
 }

@@ -10,6 +10,7 @@ use std::{
     io::{self, Write as _},
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 use rustix::fs::MemfdFlags;
@@ -26,6 +27,8 @@ use crate::sandbox::{
 #[derive(Debug, Clone)]
 pub struct Cache {
     dir: Option<PathBuf>,
+    /// Whether the folder may be used; looked at when it is first needed.
+    usable: OnceLock<bool>,
 }
 
 /// Where code came from.
@@ -40,29 +43,30 @@ pub enum Source {
 impl Cache {
     /// The cache in `dir`, or in the user's cache folder (`$XDG_CACHE_HOME/wrun`, `~/.cache/wrun`).
     ///
-    /// One that cannot be used safely is as good as none; why is logged as a warning.
+    /// Nothing is made or looked at before code is needed. A cache that cannot be used safely is then as good as none;
+    /// why is logged as a warning.
     #[must_use]
     pub fn at(dir: Option<&Path>) -> Self {
-        let dir = match dir {
-            Some(dir) => dir.to_path_buf(),
-            None => match default_dir() {
-                Some(dir) => dir,
-                None => return Self::none(),
-            },
-        };
-        match prepare(&dir) {
-            Ok(()) => Self { dir: Some(dir) },
-            Err(error) => {
-                tracing::warn!("compiled code is not kept: {}: {error}", dir.display());
-                Self::none()
-            }
-        }
+        Self { dir: dir.map(Path::to_path_buf).or_else(default_dir), usable: OnceLock::new() }
     }
 
     /// No cache: everything is compiled each time.
     #[must_use]
     pub const fn none() -> Self {
-        Self { dir: None }
+        Self { dir: None, usable: OnceLock::new() }
+    }
+
+    /// The folder, made if need be; none when there is none that may be used.
+    fn dir(&self) -> Option<&Path> {
+        let dir = self.dir.as_deref()?;
+        let usable = *self.usable.get_or_init(|| {
+            let prepared = prepare(dir);
+            if let Err(error) = &prepared {
+                tracing::warn!("compiled code is not kept: {}: {error}", dir.display());
+            }
+            prepared.is_ok()
+        });
+        usable.then_some(dir)
     }
 
     /// The entry of a guest for an engine, whether it exists or not.
@@ -75,7 +79,7 @@ impl Cache {
         for byte in &EngineSpec::fingerprint(engine)[..8] {
             let _ = write!(name, "{byte:02x}");
         }
-        Some(self.dir.as_ref()?.join(name + ".cwasm"))
+        Some(self.dir()?.join(name + ".cwasm"))
     }
 
     /// Finds a guest's code, if it is here and whole.

@@ -6,7 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::{
+    fs::{FileType, Mode, OFlags},
+    io::Errno,
+};
 use sha2::{Digest, Sha256};
 
 use crate::{limits::Bytes, sandbox::LoadError};
@@ -34,33 +37,17 @@ impl Guest {
     /// # Errors
     /// When there is no such file, it is no regular file, or it is too large.
     pub fn read(path: &Path) -> Result<Self, LoadError> {
-        let io_error = |source: io::Error| match source.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => LoadError::NotFound { path: path.into() },
-            _ => LoadError::Unreadable { path: path.into(), source },
-        };
         let mut bytes = Vec::new();
+        let unreadable = |source| LoadError::Unreadable { path: path.into(), source };
         if path == Path::new("-") {
-            io::stdin().lock().take(GUEST_MAX.0 + 1).read_to_end(&mut bytes).map_err(io_error)?;
+            io::stdin().lock().take(GUEST_MAX.0 + 1).read_to_end(&mut bytes).map_err(unreadable)?;
         } else {
-            // not blocking: opening a pipe that nobody writes to would wait for ever
-            let fd = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())
-                .map_err(|error| io_error(error.into()))?;
-            let stat = rustix::fs::fstat(&fd).map_err(|error| io_error(error.into()))?;
-            let found = match FileType::from_raw_mode(stat.st_mode) {
-                FileType::RegularFile => None,
-                FileType::Directory => Some("a folder"),
-                FileType::Fifo => Some("a pipe (use `-` for standard input)"),
-                _ => Some("a special file"),
-            };
-            if let Some(found) = found {
-                return Err(LoadError::NotAFile { path: path.into(), found });
-            }
+            let file = open_file(path)?;
             // the size is looked at before anything is read
-            if u64::try_from(stat.st_size).unwrap_or(u64::MAX) <= GUEST_MAX.0 {
-                File::from(fd).take(GUEST_MAX.0 + 1).read_to_end(&mut bytes).map_err(io_error)?;
-            } else {
+            if file.metadata().map_err(unreadable)?.len() > GUEST_MAX.0 {
                 return Err(LoadError::TooLarge { path: path.into(), max: GUEST_MAX });
             }
+            file.take(GUEST_MAX.0 + 1).read_to_end(&mut bytes).map_err(unreadable)?;
         }
         if bytes.len() as u64 > GUEST_MAX.0 {
             return Err(LoadError::TooLarge { path: path.into(), max: GUEST_MAX });
@@ -72,6 +59,26 @@ impl Guest {
     pub(crate) fn digest(&self) -> [u8; 32] {
         Sha256::digest(&self.bytes).into()
     }
+}
+
+/// Opens a regular file, and never waits for one: opening a pipe that nobody writes to would, for ever.
+///
+/// # Errors
+/// When there is no such file, or it is no regular one.
+pub(crate) fn open_file(path: &Path) -> Result<File, LoadError> {
+    let io_error = |error: Errno| match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => LoadError::NotFound { path: path.into() },
+        _ => LoadError::Unreadable { path: path.into(), source: error.into() },
+    };
+    let fd =
+        rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty()).map_err(io_error)?;
+    let found = match FileType::from_raw_mode(rustix::fs::fstat(&fd).map_err(io_error)?.st_mode) {
+        FileType::RegularFile => return Ok(fd.into()),
+        FileType::Directory => "a folder",
+        FileType::Fifo => "a pipe (use `-` for standard input)",
+        _ => "a special file",
+    };
+    Err(LoadError::NotAFile { path: path.into(), found })
 }
 
 /// The WebAssembly binary that `bytes` are, or that their text stands for.

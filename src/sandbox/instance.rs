@@ -7,7 +7,7 @@ use rustix::{
     time::{ClockId, clock_gettime},
 };
 use wasmtime::{
-    AsContextMut, Engine, ResourceLimiter, Store, Trap, UpdateDeadline, WasmBacktrace,
+    AsContextMut, Engine, ExternType, ResourceLimiter, Store, Trap, UpdateDeadline, WasmBacktrace,
     component::{Linker, ResourceTable},
 };
 use wasmtime_wasi::{FsPerms, I32Exit, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView, p1::WasiP1Ctx};
@@ -139,6 +139,11 @@ pub(super) fn link_module(linker: &mut wasmtime::Linker<State>) -> wasmtime::Res
         Wasi::Module(ctx) => ctx,
         Wasi::Component(_) => unreachable!("components are linked to WASI 0.2 only"),
     })
+}
+
+/// Whether an export of a core module can be called to run it.
+pub(super) fn is_start(export: Option<ExternType>) -> bool {
+    matches!(export, Some(ExternType::Func(start)) if start.params().len() == 0 && start.results().len() == 0)
 }
 
 impl State {

@@ -24,7 +24,7 @@ pub(crate) use self::{
     cache::write_whole,
     code::{Code, compile},
     engine::{EngineSpec, Pool},
-    guest::binary,
+    guest::{binary, open_file},
     host::{Full, Identity, Outbox},
     inspect::{import_hint, offered},
     instance::{Answer, Instance, Setup, cpu_ms},
@@ -222,7 +222,10 @@ impl Sandbox {
         if found != Some(expected) {
             return Err(wrong_shape());
         }
-        let unfit = |error: wasmtime::Error| LoadError::Precompiled { reason: guest::one_line(&format!("{error:#}")) };
+        // not the whole chain: it names the file by the descriptor that it is mapped from
+        let unfit = |error: wasmtime::Error| LoadError::Precompiled {
+            reason: guest::one_line(&error.root_cause().to_string()),
+        };
         let program = match (expected, form) {
             (Shape::Handler | Shape::Command, Form::Component) => {
                 let mut linker = Linker::new(&engine);
@@ -241,6 +244,11 @@ impl Sandbox {
                 let mut linker = wasmtime::Linker::new(&engine);
                 instance::link_module(&mut linker).expect("no name is linked twice");
                 let module = code.module(&engine).map_err(unfit)?;
+                if !instance::is_start(module.get_export("_start")) {
+                    return Err(LoadError::Invalid {
+                        reason: "`_start` must be a function without parameters and results".into(),
+                    });
+                }
                 Program::Module(linker.instantiate_pre(&module).map_err(|error| {
                     match error.downcast::<wasmtime::UnknownImportError>() {
                         Ok(unknown) => {

@@ -1,0 +1,17 @@
+//! Drives the real program: one file per feature, all through the builder in [`wrun`].
+//!
+//! Nothing here sleeps to wait for something, and nothing waits for ever: a program that does not end in time is
+//! killed, and its test fails with what was printed.
+
+#![expect(clippy::unwrap_used, reason = "what panics in a test has failed it, in its helpers too")]
+
+mod compile;
+mod contract;
+mod grants;
+mod guests;
+mod help;
+mod inspect;
+mod limits;
+mod run;
+mod tidy;
+mod wrun;
