@@ -3,7 +3,7 @@
 mod cli;
 mod report;
 
-use std::{fs, io, path::PathBuf, process::ExitCode};
+use std::{fs, io, path::PathBuf, process::ExitCode, sync::mpsc, thread, time::Duration};
 
 use clap::Parser;
 use wrun::{CompileFlags, Error, Run, cluster::lines, limits::Bytes, outcome::Outcome};
@@ -43,8 +43,13 @@ fn run(args: RunArgs, printer: Printer) -> Result<u8, Error> {
         .cache(args.cache.cache())
         .precompiled(args.precompiled)
         .run_or_exit(move |outcome| {
+            let code = outcome.end.exit_code();
+            // whoever should read the news may be as stuck as the guest: the end waits for neither for long
+            let (told, done) = mpsc::channel();
+            thread::spawn(move || told.send(at_deadline.print(&outcome)));
+            let _ = done.recv_timeout(Duration::from_secs(1));
             #[expect(clippy::exit, reason = "the guest is stuck in this process")]
-            std::process::exit(at_deadline.print(&outcome).into());
+            std::process::exit(code.into());
         })?;
     Ok(report.print(&outcome))
 }

@@ -173,7 +173,12 @@ impl Process {
         outgoing.push(Kind::Hello, 0, &serde_json::to_vec(&hello).expect("plain data has a JSON form"));
         let mut all = vec![std::os::fd::AsFd::as_fd(&page)];
         all.extend_from_slice(fds);
-        outgoing.advance(send_with(&ours, outgoing.pending(), &all)?);
+        match send_with(&ours, outgoing.pending(), &all) {
+            Ok(count) => outgoing.advance(count),
+            // it is gone already; how, shows when it is looked at
+            Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {}
+            Err(error) => return Err(error),
+        }
 
         ours.set_nonblocking(true)?;
         Ok(Self {

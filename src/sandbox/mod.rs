@@ -158,7 +158,7 @@ impl LoadError {
                 "a command is a program with a `main`, built for wasm32-wasip1 or wasm32-wasip2".into()
             }
             Self::Precompiled { .. } => {
-                "make it again with `wrun compile -o`, by this wrun and with the same flags".into()
+                "make it again with `wrun compile -o`, by this wrun, with `--fuel` if it runs with that, and without `--epoch`".into()
             }
             _ => return None,
         })

@@ -163,7 +163,8 @@ fn precompiled_code_runs_only_when_it_is_asked_for() {
     }
 }
 
-const MAKE_AGAIN: &str = "make it again with `wrun compile -o`, by this wrun and with the same flags";
+const MAKE_AGAIN: &str =
+    "make it again with `wrun compile -o`, by this wrun, with `--fuel` if it runs with that, and without `--epoch`";
 
 #[test]
 fn damaged_precompiled_code_is_refused() {

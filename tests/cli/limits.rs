@@ -96,6 +96,16 @@ fn a_timeout_ends_a_guest_that_waits_to_write() {
 }
 
 #[test]
+fn a_timeout_ends_a_guest_whose_readers_are_all_stuck() {
+    let args = ["run", "--timeout", "200ms", HOSTILE_COMMAND_P1, "--", "flood"];
+    let mut running = wrun(args).stderr_to_stdout().spawn();
+    running.pause_stdout();
+    running.until_ended();
+    running.close_stdout();
+    running.wait().code(124);
+}
+
+#[test]
 fn a_quick_guest_does_not_wait_for_its_timeout() {
     for guest in [HELLO, HELLO_P1] {
         // longer than the builder's deadline

@@ -5,6 +5,7 @@
 
 #![expect(clippy::unwrap_used, reason = "what panics in a test has failed it, in its helpers too")]
 
+mod cluster;
 mod compile;
 mod contract;
 mod grants;
@@ -13,5 +14,6 @@ mod help;
 mod inspect;
 mod limits;
 mod run;
+mod supervision;
 mod tidy;
 mod wrun;

@@ -69,7 +69,7 @@ impl Folder {
             folder: self.clone(),
             args: args.into_iter().map(|arg| arg.as_ref().to_owned()).collect(),
             env: vec![("XDG_CACHE_HOME".into(), shared_cache().into())],
-            closed: vec![],
+            redirections: vec![],
             stdin: Input::Null,
             stdout: None,
         }
@@ -144,7 +144,7 @@ pub(crate) struct Wrun {
     folder: Folder,
     args: Vec<OsString>,
     env: Vec<(OsString, OsString)>,
-    closed: Vec<&'static str>,
+    redirections: Vec<&'static str>,
     stdin: Input,
     stdout: Option<File>,
 }
@@ -188,13 +188,19 @@ impl Wrun {
 
     /// Starts without standard input, as a shell's `<&-` does.
     pub(crate) fn stdin_closed(mut self) -> Self {
-        self.closed.push("<&-");
+        self.redirections.push("<&-");
+        self
+    }
+
+    /// Standard error goes where standard output goes, as with a shell's `2>&1`.
+    pub(crate) fn stderr_to_stdout(mut self) -> Self {
+        self.redirections.push("2>&1");
         self
     }
 
     /// Starts without standard output, as a shell's `>&-` does.
     pub(crate) fn stdout_closed(mut self) -> Self {
-        self.closed.push(">&-");
+        self.redirections.push(">&-");
         self
     }
 
@@ -206,11 +212,11 @@ impl Wrun {
 
     /// Starts it.
     pub(crate) fn spawn(self) -> Running {
-        let mut command = if self.closed.is_empty() {
+        let mut command = if self.redirections.is_empty() {
             Command::new(WRUN)
         } else {
             let mut shell = Command::new("/bin/sh");
-            shell.arg("-c").arg(format!("exec \"$0\" \"$@\" {}", self.closed.join(" "))).arg(WRUN);
+            shell.arg("-c").arg(format!("exec \"$0\" \"$@\" {}", self.redirections.join(" "))).arg(WRUN);
             shell
         };
         command.args(&self.args).env_clear().envs(self.env).current_dir(self.folder.0.path());
@@ -344,6 +350,27 @@ impl Running {
         self.until("it to read its input", |running| running.stdin.is_done());
     }
 
+    /// Gives bytes to standard input, to be written whenever it takes some.
+    pub(crate) fn write_later(&mut self, bytes: impl AsRef<[u8]>) {
+        self.stdin.to_write.extend_from_slice(bytes.as_ref());
+    }
+
+    /// How much of that has not been taken yet.
+    pub(crate) fn unwritten(&self) -> usize {
+        self.stdin.to_write.len() - self.stdin.written
+    }
+
+    /// Waits until standard input takes no more, for half a second.
+    #[track_caller]
+    pub(crate) fn until_input_stalls(&mut self) {
+        let mut before = usize::MAX;
+        while self.unwritten() != before {
+            before = self.unwritten();
+            let patience = Instant::now() + Duration::from_millis(500);
+            self.until("its input to be taken", |running| running.unwritten() != before || Instant::now() >= patience);
+        }
+    }
+
     /// Writes a line to standard input.
     #[track_caller]
     pub(crate) fn write_line(&mut self, line: impl AsRef<str>) {
@@ -392,6 +419,12 @@ impl Running {
         self.stdout.pipe = None;
     }
 
+    /// Waits until the program itself has ended, whatever is still to be read of it.
+    #[track_caller]
+    pub(crate) fn until_ended(&mut self) {
+        self.until("its end", |running| running.status.is_some());
+    }
+
     /// Sends a signal to it.
     pub(crate) fn signal(&self, signal: Signal) {
         rustix::process::pidfd_send_signal(&self.ended, signal).expect("it is there");
@@ -419,7 +452,8 @@ impl Running {
             if left.is_zero() {
                 self.fail(&format!("after {DEADLINE:?} still waiting for {what}"));
             }
-            let ready = self.poll(left);
+            // what is waited for may also be a moment
+            let ready = self.poll(left.min(Duration::from_millis(100)));
             if ready[0] {
                 self.status = self.child.try_wait().expect("it is our child");
             }

@@ -1,0 +1,234 @@
+//! The library as a program uses it: a pool from Rust, and what it makes of workers that lie.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
+
+use guest_artifacts::{ECHO, HELLO, HOSTILE, WHOAMI};
+use wrun::{
+    Cache, Cluster, Error,
+    cluster::{Answer, Builder},
+    event::Event,
+    message::Message,
+    outcome::{End, Stage},
+};
+
+/// Workers are made of the command: this test's own program does not call `wrun::init`.
+const WRUN: &str = env!("CARGO_BIN_EXE_wrun");
+
+fn cache() -> Cache {
+    static DIR: OnceLock<tempfile::TempDir> = OnceLock::new();
+    let own = fs::Permissions::from_mode(0o700);
+    Cache::at(Some(DIR.get_or_init(|| tempfile::Builder::new().permissions(own).tempdir().unwrap()).path()))
+}
+
+fn pool(guest: &str) -> Builder {
+    Cluster::builder(guest).program(WRUN).cache(cache()).workers(2)
+}
+
+fn message(text: &str) -> Message {
+    Message::parse(text).unwrap()
+}
+
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
+}
+
+#[test]
+fn requests_are_answered() {
+    block_on(async {
+        let cluster = pool(ECHO).start().await.unwrap();
+        assert_eq!(cluster.request(message("[1.10]")).await.unwrap(), Answer::Reply(message("[1.10]")));
+        cluster.shutdown().await.unwrap();
+    });
+}
+
+#[test]
+fn many_requests_at_once_get_their_own_answers() {
+    block_on(async {
+        let cluster = std::sync::Arc::new(pool(ECHO).queue(16).start().await.unwrap());
+        let mut asked = tokio::task::JoinSet::new();
+        for n in 0..2000 {
+            let cluster = cluster.clone();
+            asked.spawn(async move {
+                let text = n.to_string();
+                assert_eq!(cluster.request(message(&text)).await.unwrap(), Answer::Reply(message(&text)));
+            });
+        }
+        assert_eq!(asked.join_all().await.len(), 2000);
+    });
+}
+
+#[test]
+fn a_pool_runs_on_the_callers_thread_when_asked() {
+    block_on(async {
+        let (cluster, run) = pool(WHOAMI).start_here().await.unwrap();
+        let asked = async {
+            let Answer::Reply(who) = cluster.request(Message::null()).await.unwrap() else { panic!("no reply") };
+            cluster.shutdown().await.unwrap();
+            who
+        };
+        let (who, ended) = tokio::join!(asked, run);
+        ended.unwrap();
+        assert!(who.as_str().contains("\"count\":2"), "{who}");
+    });
+}
+
+#[test]
+fn a_shutdown_finishes_what_is_begun() {
+    block_on(async {
+        let cluster = std::sync::Arc::new(pool(HOSTILE).workers(1).start().await.unwrap());
+        let asking = tokio::spawn({
+            let cluster = cluster.clone();
+            async move { cluster.request(message(r#"{"do":"sleep","ms":300}"#)).await.unwrap() }
+        });
+        // behind the first in the same worker: when it is answered, the first has been
+        assert_eq!(cluster.request(message(r#"{"do":"ok"}"#)).await.unwrap(), Answer::Reply(message(r#"{"ok":true}"#)));
+        assert_eq!(asking.await.unwrap(), Answer::Reply(message(r#"{"ms":300}"#)));
+        std::sync::Arc::into_inner(cluster).unwrap().shutdown().await.unwrap();
+    });
+}
+
+#[test]
+fn a_dropped_pool_takes_its_workers_along() {
+    block_on(async {
+        let cluster = pool(WHOAMI).workers(1).start().await.unwrap();
+        let Answer::Reply(who) = cluster.request(Message::null()).await.unwrap() else { panic!("no reply") };
+        let pid = who.to::<serde_json::Value>().unwrap()["pid"].as_u64().unwrap();
+        assert!(Path::new(&format!("/proc/{pid}")).exists());
+        drop(cluster);
+        assert!(!Path::new(&format!("/proc/{pid}")).exists(), "reaped before the drop returns");
+    });
+}
+
+#[test]
+fn what_cannot_start_says_why() {
+    block_on(async {
+        let error = Cluster::builder(ECHO).cache(cache()).start().await.unwrap_err();
+        assert!(error.to_string().contains("wrun::init()"), "{error}");
+        let error = pool(HELLO).start().await.unwrap_err();
+        assert_eq!(error.to_string(), "expected a handler guest, found a command guest (component)");
+        assert_eq!(error.hint().as_deref(), Some("use `wrun run`"));
+        let error = pool("nope.wasm").start().await.unwrap_err();
+        assert!(matches!(error, Error::Load(wrun::LoadError::NotFound { .. })), "{error}");
+        let error = pool(ECHO).workers(0).start().await.unwrap_err();
+        assert!(matches!(error, Error::Usage(_)), "{error}");
+    });
+}
+
+#[test]
+fn two_hundred_starts_and_stops_leave_nothing() {
+    let count = |what: &str| fs::read_dir(what).unwrap().count();
+    let children = || {
+        let children: BTreeSet<PathBuf> = fs::read_dir("/proc/self/task")
+            .unwrap()
+            .flatten()
+            .filter_map(|task| fs::read_to_string(task.path().join("children")).ok())
+            .flat_map(|list| list.split_whitespace().map(PathBuf::from).collect::<Vec<_>>())
+            .collect();
+        children
+    };
+    // in a process of its own: other tests of this one come and go meanwhile
+    if std::env::var_os("WRUN_TEST_CYCLES").is_none() {
+        let status = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "two_hundred_starts_and_stops_leave_nothing", "--nocapture"])
+            .env("WRUN_TEST_CYCLES", "1")
+            .status()
+            .unwrap();
+        assert!(status.success());
+        return;
+    }
+    let cycle = || {
+        block_on(async {
+            let cluster = pool(ECHO).start().await.unwrap();
+            assert!(matches!(cluster.request(Message::null()).await.unwrap(), Answer::Reply(_)));
+            cluster.shutdown().await.unwrap();
+        });
+    };
+    cycle();
+    let (files, threads) = (count("/proc/self/fd"), count("/proc/self/task"));
+    for _ in 0..200 {
+        cycle();
+    }
+    assert_eq!(count("/proc/self/fd"), files);
+    assert_eq!(count("/proc/self/task"), threads);
+    assert_eq!(children(), BTreeSet::new());
+}
+
+/// A worker that answers the hello with these bytes, and then waits.
+fn liar(folder: &Path, bytes: &[u8]) -> PathBuf {
+    let (script, answer) = (folder.join("liar"), folder.join("bytes"));
+    fs::write(&answer, bytes).unwrap();
+    fs::write(&script, format!("#!/bin/sh\ncat {} >&0\nexec sleep 60\n", answer.display())).unwrap();
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o700)).unwrap();
+    script
+}
+
+/// One frame.
+fn frame(length: u32, kind: u8, id: u64, body: &[u8]) -> Vec<u8> {
+    [&length.to_le_bytes()[..], &[kind], &id.to_le_bytes(), body].concat()
+}
+
+#[test]
+fn workers_that_lie_are_refused_by_name() {
+    block_on(async {
+        // compiled once, by an honest program
+        pool(ECHO).start().await.unwrap().shutdown().await.unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        for (bytes, reason) in [
+            (frame(u32::MAX, 5, 1, b""), "a frame of 4294967295 bytes came, at most 1179648 are taken"),
+            (frame((1 << 20) + (128 << 10) + 1, 5, 1, b""), "a frame of 1179649 bytes came, at most 1179648 are taken"),
+            (frame(0, 99, 1, b""), "a frame of unknown kind 99 came"),
+            (frame(1, 5, 7, b"1"), "it answered task 7, which it does not have"),
+            (frame(2, 8, 1, b"{}"), "it sent a broken outcome: missing field"),
+            (frame(4, 9, 0, b"nope"), "it sent a broken message: not JSON: expected ident"),
+            (frame(0, 4, 1, b""), "it sent Task, which only a primary may"),
+            (b"HTTP/1.1 200 OK\r\n\r\n".to_vec(), "a frame of 1347703880 bytes came, at most 1179648 are taken"),
+        ] {
+            let liar = liar(folder.path(), &bytes);
+            let error = pool(ECHO).workers(1).program(liar).start().await.unwrap_err();
+            let Error::PoolFailed { last } = &error else { panic!("{error}") };
+            let End::Failed { stage: Stage::Protocol, reason: found, .. } = &last.end else { panic!("{last:?}") };
+            assert!(found.starts_with(reason), "{found}");
+        }
+    });
+}
+
+#[test]
+fn a_worker_that_says_nothing_sensible_and_leaves_is_a_dead_one() {
+    block_on(async {
+        pool(ECHO).start().await.unwrap().shutdown().await.unwrap();
+        let error = pool(ECHO).workers(1).program("/bin/false").start().await.unwrap_err();
+        let Error::PoolFailed { last } = &error else { panic!("{error}") };
+        assert_eq!(last.end, End::Exited { code: 1 });
+        let error = pool(ECHO).workers(1).program("/no/such/program").start().await.unwrap_err();
+        assert!(error.to_string().contains("no process could be started"), "{error}");
+    });
+}
+
+#[test]
+fn events_tell_a_whole_life() {
+    block_on(async {
+        let cluster = pool(HOSTILE).workers(1).start().await.unwrap();
+        let mut events = cluster.events();
+        let answer = cluster.request(message(r#"{"do":"exit","code":0}"#)).await.unwrap();
+        assert!(matches!(answer, Answer::Ended(outcome) if outcome.end == End::Exited { code: 0 }));
+        assert!(matches!(cluster.request(message(r#"{"do":"ok"}"#)).await.unwrap(), Answer::Reply(_)));
+        cluster.shutdown().await.unwrap();
+        let mut names = vec![];
+        while let Ok(event) = events.recv().await {
+            names.push(match event {
+                Event::Fork { generation, .. } => format!("fork {generation}"),
+                Event::Exit { outcome, .. } => format!("exit, voluntary {}", outcome.voluntary),
+                other => serde_json::to_value(&other).unwrap()["event"].as_str().unwrap().to_owned(),
+            });
+        }
+        let expected =
+            ["limit", "exit, voluntary false", "restart", "fork 2", "online", "disconnect", "exit, voluntary true"];
+        assert_eq!(names, expected);
+    });
+}
