@@ -1,6 +1,9 @@
 //! The command line: flags, help, and what they become.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use clap::{
     Args, Parser, Subcommand, ValueEnum,
@@ -256,6 +259,9 @@ impl LimitArgs {
 impl ClusterArgs {
     /// The pool that the flags describe.
     pub(crate) fn builder(self) -> Result<Builder, Error> {
+        if self.guest == Path::new("-") {
+            return Err(Error::Usage("expected a file for the guest: standard input has the tasks".into()));
+        }
         let timeout = Some(self.timeout).filter(|timeout| !timeout.is_zero());
         let limits = self.limits.limits(timeout, self.message_max);
         let data = Message::check(self.data.as_bytes(), self.message_max.as_usize())

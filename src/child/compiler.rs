@@ -7,6 +7,7 @@ use std::{
     io::{Read, Seek, SeekFrom, Write},
     os::fd::AsFd,
     task::Poll,
+    time::Instant,
 };
 
 use rustix::fs::MemfdFlags;
@@ -71,8 +72,10 @@ pub(crate) async fn compile_aside(
     let engine = spec.engine().map_err(|error| Error::Usage(format!("{error:#}")))?;
     let entry = cache.entry(&engine, &guest);
     if let Some(code) = entry.as_deref().and_then(Cache::find) {
+        tracing::debug!("`{}` was compiled before", guest.name);
         return Ok(code);
     }
+    let started = Instant::now();
     let file = |name: &str| rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC).map(File::from);
     let (mut input, mut output) = file("wrun-guest")
         .and_then(|input| Ok((input, file("wrun-code")?)))
@@ -106,6 +109,7 @@ pub(crate) async fn compile_aside(
         _ if !ready => return Err(LoadError::Invalid { reason: format!("its compiler {end}") }.into()),
         _ => {}
     }
+    tracing::debug!("`{}` was compiled in {:?}", guest.name, started.elapsed());
     let mut packed = Vec::new();
     output
         .seek(SeekFrom::Start(0))

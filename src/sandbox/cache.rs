@@ -11,6 +11,7 @@ use std::{
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::OnceLock,
+    time::Instant,
 };
 
 use rustix::fs::MemfdFlags;
@@ -123,7 +124,7 @@ impl Cache {
         if let Some(code) = entry.as_deref().and_then(Self::find) {
             return Ok((code, Source::Cache));
         }
-        let path = guest.path.clone();
+        let (path, started) = (guest.path.clone(), Instant::now());
         let packed = code::compile(engine, guest.bytes)?;
         let unreadable = |source| LoadError::Unreadable { path: path.clone(), source };
         // linked before it is kept: an entry is a guest that runs
@@ -132,6 +133,7 @@ impl Cache {
         if entry.is_some() {
             code = Self::keep(entry.as_deref(), &packed).map_err(unreadable)?;
         }
+        tracing::debug!("`{}` was compiled in {:?}", path.display(), started.elapsed());
         Ok((code, Source::Compiler))
     }
 }

@@ -212,6 +212,7 @@ impl Supervisor {
     }
 
     fn end(&mut self, worker: WorkerId, end: End, death: Death) {
+        tracing::debug!("ending worker {worker}: {end}");
         let seat = self.seat(worker);
         let outcome = end.with(Usage::wall(seat.forked.elapsed()));
         seat.ending.get_or_insert(Ending { outcome, death });
@@ -305,6 +306,7 @@ impl Supervisor {
 
     fn fork(&mut self, at: usize, now: Instant) -> Option<Step> {
         let seat = &mut self.seats[at];
+        tracing::debug!("starting worker {}", seat.id);
         seat.slot.start(now);
         let generation = seat.slot.generation();
         (seat.forked, seat.tasks, seat.beats, seat.silent, seat.ending) = (now, 0, 0, 0, None);

@@ -309,6 +309,11 @@ fn limits_hold_in_a_pool() {
 
 #[test]
 fn a_guest_that_no_pool_can_run_is_named_in_one_line() {
+    wrun(["cluster", "-"])
+        .stdin("1\n")
+        .run()
+        .code(2)
+        .error("expected a file for the guest: standard input has the tasks");
     wrun(["cluster", "nope.wasm"]).stdin("1\n").run().code(127).error("no such guest: `nope.wasm`");
     wrun(["cluster", HELLO])
         .stdin("1\n")

@@ -13,6 +13,7 @@ mod guests;
 mod help;
 mod inspect;
 mod limits;
+mod readme;
 mod run;
 mod supervision;
 mod tidy;
