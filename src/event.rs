@@ -1,6 +1,6 @@
 //! What a mode tells the world while it runs: one closed list.
 //!
-//! Modes hand events to a sink and never print; [`report`](crate::report) turns them into lines for people or JSON
+//! Modes hand events to a sink and never print; the command turns them into lines for people or JSON
 //! for tools, and a library user gets them as they are.
 
 use serde::Serialize;

@@ -1,5 +1,7 @@
 //! The library as a program uses it: a pool from Rust, and what it makes of workers that lie.
 
+#![expect(clippy::unwrap_used, reason = "what panics in a test has failed it, in its helpers too")]
+
 use std::{
     collections::BTreeSet,
     fs,

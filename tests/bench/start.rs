@@ -42,7 +42,7 @@ fn commands() {
     let has_wasmtime = Command::new(&wasmtime).arg("--version").stdout(Stdio::null()).status().is_ok();
     let config = Path::new(env!("CARGO_TARGET_TMPDIR")).join("wasmtime-cache.toml");
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("wasmtime-cache");
-    fs::write(&config, format!("[cache]\ndirectory = {folder:?}\n")).unwrap();
+    fs::write(&config, format!("[cache]\ndirectory = \"{}\"\n", folder.display())).unwrap();
     let warm = format!("-Ccache-config={}", config.display());
 
     let cases =

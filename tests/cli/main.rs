@@ -4,6 +4,7 @@
 //! killed, and its test fails with what was printed.
 
 #![expect(clippy::unwrap_used, reason = "what panics in a test has failed it, in its helpers too")]
+#![expect(clippy::format_collect, reason = "inputs are put together where they are read")]
 
 mod cluster;
 mod compile;
