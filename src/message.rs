@@ -107,11 +107,11 @@ impl Message {
     pub(crate) fn write_line(&self, line: &mut Vec<u8>) {
         let start = line.len();
         line.extend_from_slice(self.0.as_bytes());
-        for byte in &mut line[start..] {
-            // raw line breaks are never inside a JSON string
-            if matches!(*byte, b'\n' | b'\r') {
-                *byte = b' ';
-            }
+        // raw line breaks are never inside a JSON string
+        let mut rest = &mut line[start..];
+        while let Some(at) = memchr::memchr2(b'\n', b'\r', rest) {
+            rest[at] = b' ';
+            rest = &mut rest[at + 1..];
         }
     }
 }
@@ -147,7 +147,7 @@ impl<'de> serde::Deserialize<'de> for Message {
 /// Whether brackets outside of strings nest deeper than `max`.
 fn deeper_than(json: &[u8], max: usize) -> bool {
     // without more opening brackets than that, wherever they stand, there is nothing to follow
-    if json.iter().filter(|byte| matches!(byte, b'[' | b'{')).count() <= max {
+    if memchr::memchr2_iter(b'[', b'{', json).nth(max).is_none() {
         return false;
     }
     let (mut depth, mut in_string, mut escaped) = (0usize, false, false);

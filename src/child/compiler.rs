@@ -33,7 +33,7 @@ struct CompilerConfig {
 
 /// The child: reads the guest from the first descriptor and writes its code to the second.
 pub(super) fn main(start: Start) -> i32 {
-    let Ok(out) = Out::new(start.socket) else { return 125 };
+    let out = Out::new(start.socket);
     let result = serde_json::from_str::<CompilerConfig>(start.hello.config.get())
         .map_err(|error| LoadError::Invalid { reason: error.to_string() })
         .and_then(|config| {

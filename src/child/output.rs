@@ -149,7 +149,7 @@ mod tests {
     #[test]
     fn lines_are_cut_where_they_end_or_are_too_long() {
         let (ours, theirs) = UnixStream::pair().expect("sockets");
-        let out = Arc::new(Out::new(theirs).expect("a socket"));
+        let out = Arc::new(Out::new(theirs));
         let lines = Lines::new(out.clone());
         lines.write(Stream::Stdout, b"one\ntwo");
         lines.write(Stream::Stderr, b"other\n");

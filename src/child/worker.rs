@@ -11,7 +11,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use tokio::{
-    io::Interest,
+    io::{AsyncReadExt, Interest},
     net::UnixStream,
     task::{JoinSet, LocalSet},
 };
@@ -64,7 +64,7 @@ const MAILBOX_MAX: usize = 8 << 20;
 
 /// The child. Returns its exit code.
 pub(super) fn main(start: Start) -> i32 {
-    let Ok(out) = start.socket.try_clone().and_then(Out::new) else { return 125 };
+    let Ok(out) = start.socket.try_clone().map(Out::new) else { return 125 };
     let out = Arc::new(out);
     // lives as long as the process
     report_panics(Box::leak(Box::new(out.clone())));
@@ -100,6 +100,16 @@ struct Worker {
     idle: RefCell<Vec<Instance>>,
     /// How the guest ended the whole worker.
     ended: RefCell<Option<Outcome>>,
+}
+
+/// What a worker has to do next.
+enum Next {
+    /// A task, by its id.
+    Task(u64, String),
+    /// Nothing before more has come.
+    Nothing,
+    /// What is begun, and no more.
+    Drain,
 }
 
 struct Mailbox(Arc<Out>);
@@ -162,31 +172,78 @@ impl Worker {
     fn run(self, socket: StdStream, incoming: Incoming) -> io::Result<Outcome> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let worker = Rc::new(self);
-        let outcome = LocalSet::new().block_on(&runtime, worker.serve(socket, incoming));
+        let outcome = match runtime.block_on(worker.get_ready()) {
+            Err(outcome) => Ok(outcome),
+            Ok(()) if worker.concurrency == 1 => worker.serve_in_turn(&runtime, &socket, incoming),
+            Ok(()) => LocalSet::new().block_on(&runtime, worker.serve_at_once(socket, incoming)),
+        };
         runtime.shutdown_background();
         outcome
     }
 
-    async fn serve(self: Rc<Self>, socket: StdStream, mut incoming: Incoming) -> io::Result<Outcome> {
-        // the first instance is made before the worker is ready: a guest that cannot start is never given a task
-        match self.sandbox.start(&self.setup).await {
-            Ok(instance) => self.idle.borrow_mut().push(instance),
-            Err(outcome) => {
-                self.lines.settle();
+    /// Makes the first instance before the worker is ready: a guest that cannot start is never given a task.
+    async fn get_ready(&self) -> Result<(), Outcome> {
+        let first = self.sandbox.start(&self.setup).await;
+        self.lines.settle();
+        self.idle.borrow_mut().push(first?);
+        self.out.push(Kind::Ready, 0, b"");
+        self.out.finish();
+        Ok(())
+    }
+
+    /// One task after the other, with plain blocking reads in between: a wake-up by those is cheaper than one through
+    /// the runtime, and often on the core that the primary has just left.
+    fn serve_in_turn(
+        &self,
+        runtime: &tokio::runtime::Runtime,
+        socket: &StdStream,
+        mut incoming: Incoming,
+    ) -> io::Result<Outcome> {
+        loop {
+            let ended = runtime.block_on(async {
+                loop {
+                    match self.next(&mut incoming) {
+                        Next::Task(id, message) => self.handle(id, message).await,
+                        Next::Nothing => return self.ended.take(),
+                        Next::Drain => return Some(self.drained()),
+                    }
+                }
+            });
+            if let Some(outcome) = ended {
                 return Ok(outcome);
             }
+            self.out.finish();
+            match rustix::io::read(socket, rustix::buffer::spare_capacity(incoming.space())) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
-        self.lines.settle();
-        self.out.push(Kind::Ready, 0, b"");
-        self.out.flush()?;
+    }
 
-        let socket = UnixStream::from_std(socket)?;
+    /// Several tasks at once, each in an instance of its own.
+    async fn serve_at_once(self: Rc<Self>, socket: StdStream, mut incoming: Incoming) -> io::Result<Outcome> {
+        socket.set_nonblocking(true)?;
+        let mut socket = UnixStream::from_std(socket)?;
+        let (mut reading, writing) = socket.split();
         let mut at_work = JoinSet::new();
         loop {
-            if self.take_tasks(&mut incoming, &mut at_work).await {
+            let drained = loop {
+                match self.next(&mut incoming) {
+                    Next::Task(id, message) => {
+                        while at_work.len() >= self.concurrency {
+                            at_work.join_next().await;
+                        }
+                        let this = self.clone();
+                        at_work.spawn_local(async move { this.handle(id, message).await });
+                    }
+                    Next::Nothing => break false,
+                    Next::Drain => break true,
+                }
+            };
+            if drained {
                 while at_work.join_next().await.is_some() {}
-                let usage = Usage { cpu_ms: Some(cpu_ms()), ..Usage::wall(self.started.elapsed()) };
-                return Ok(self.ended.take().unwrap_or_else(|| End::Exited { code: 0 }.with(usage)));
+                return Ok(self.drained());
             }
             if let Some(outcome) = self.ended.take() {
                 return Ok(outcome);
@@ -194,18 +251,15 @@ impl Worker {
             let all_written = self.out.flush()?;
             tokio::select! {
                 biased;
-                readable = socket.readable() => {
-                    readable?;
-                    match socket.try_read_buf(incoming.space()) {
-                        Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                        Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
-                        _ => {}
+                count = reading.read_buf(incoming.space()) => {
+                    if count? == 0 {
+                        return Err(io::ErrorKind::UnexpectedEof.into());
                     }
                 }
-                writable = socket.writable(), if !all_written => {
+                writable = writing.writable(), if !all_written => {
                     writable?;
                     let flush = || if self.out.flush()? { Ok(()) } else { Err(io::ErrorKind::WouldBlock.into()) };
-                    match socket.try_io(Interest::WRITABLE, flush) {
+                    match writing.as_ref().try_io(Interest::WRITABLE, flush) {
                         Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
                         _ => {}
                     }
@@ -215,39 +269,36 @@ impl Worker {
         }
     }
 
-    /// Does, or begins, all tasks that have come whole; whether there will be no more.
-    async fn take_tasks(self: &Rc<Self>, incoming: &mut Incoming, at_work: &mut JoinSet<()>) -> bool {
-        loop {
-            let (id, message) = match incoming.next() {
-                Ok(Some(frame)) if frame.kind == Kind::Task => {
-                    // the primary has checked it
-                    (frame.id, String::from_utf8_lossy(frame.body).into_owned())
-                }
-                Ok(Some(frame)) if frame.kind == Kind::Drain => return true,
-                // the primary speaks no nonsense
-                Ok(Some(_)) => continue,
-                Ok(None) | Err(_) => return false,
-            };
-            // an answer that lies ready must not wait for this task, however long that takes
-            if self.out.is_waiting() {
-                self.pulse.touch();
-            }
-            if self.concurrency == 1 {
-                self.handle(id, message).await;
-            } else {
-                while at_work.len() >= self.concurrency {
-                    at_work.join_next().await;
-                }
-                let this = self.clone();
-                at_work.spawn_local(async move { this.handle(id, message).await });
-            }
-            if self.ended.borrow().is_some() {
-                return false;
-            }
-            while self.out.waiting_bytes() > OUT_MAX {
-                self.out.finish();
-            }
+    /// The next task that has come whole; none when the guest has ended the worker.
+    fn next(&self, incoming: &mut Incoming) -> Next {
+        if self.ended.borrow().is_some() {
+            return Next::Nothing;
         }
+        if self.out.waiting_bytes() > OUT_MAX {
+            self.out.finish();
+        }
+        loop {
+            return match incoming.next() {
+                Ok(Some(frame)) if frame.kind == Kind::Task => {
+                    // an answer that lies ready must not wait for this task, however long that takes
+                    if self.out.is_waiting() {
+                        self.pulse.touch();
+                    }
+                    // the primary has checked it, and what it sends is believed
+                    let message = std::str::from_utf8(frame.body).unwrap_or_default().to_owned();
+                    Next::Task(frame.id, message)
+                }
+                Ok(Some(frame)) if frame.kind == Kind::Drain => Next::Drain,
+                Ok(Some(_)) => continue,
+                Ok(None) | Err(_) => Next::Nothing,
+            };
+        }
+    }
+
+    /// How the worker ends when it was asked to.
+    fn drained(&self) -> Outcome {
+        let usage = Usage { cpu_ms: Some(cpu_ms()), ..Usage::wall(self.started.elapsed()) };
+        self.ended.take().unwrap_or_else(|| End::Exited { code: 0 }.with(usage))
     }
 
     /// Does one task, and says how it went.

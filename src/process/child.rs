@@ -1,7 +1,7 @@
 //! The child's end: how a process becomes a worker, and what it says while it is one.
 
 use std::{
-    io::{self, Read, Write},
+    io::{self, Read},
     os::{
         fd::{FromRawFd, OwnedFd},
         unix::net::UnixStream,
@@ -14,7 +14,7 @@ use std::{
 
 use rustix::{
     io::Errno,
-    net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags},
+    net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags},
     process::{Pid, Signal},
 };
 
@@ -41,6 +41,19 @@ pub(crate) fn is_child() -> bool {
     std::env::args_os().next().is_some_and(|arg| arg == ARG0)
 }
 
+/// Lets malloc keep what is freed. By default glibc gives a large buffer back to the system when it is freed, so that
+/// every message of a few hundred KiB would find its pages anew, one fault each; and one arena is enough for a process
+/// with one busy thread.
+fn keep_buffers() {
+    #[cfg(target_env = "gnu")]
+    for (parameter, value) in
+        [(libc::M_MMAP_THRESHOLD, 64 << 20), (libc::M_TRIM_THRESHOLD, 64 << 20), (libc::M_ARENA_MAX, 1)]
+    {
+        // SAFETY: sets a number inside of malloc; the process has one thread yet, as `start` is called first.
+        unsafe { libc::mallopt(parameter, value) };
+    }
+}
+
 /// Ties this process to its primary and waits for the hello.
 ///
 /// # Errors
@@ -49,6 +62,7 @@ pub(crate) fn start() -> io::Result<Start> {
     // First of all: from here on this process dies with its parent, whatever it is doing. Should the parent be gone
     // already, nobody sends the hello, and reading it fails.
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    keep_buffers();
     let _ = rustix::thread::set_name(c"wrun-worker");
     // SAFETY: descriptor 0 is open (the runtime sees to that), this process owns it, and `start` is called once, before
     // anybody asks for standard input, which a child does not use.
@@ -120,10 +134,9 @@ pub(crate) struct Out {
 }
 
 impl Out {
-    /// Speaks on the socket, which is made non-blocking.
-    pub(crate) fn new(socket: UnixStream) -> io::Result<Self> {
-        socket.set_nonblocking(true)?;
-        Ok(Self { socket, queue: Mutex::default(), waiting: AtomicBool::new(false) })
+    /// Speaks on the socket.
+    pub(crate) fn new(socket: UnixStream) -> Self {
+        Self { socket, queue: Mutex::default(), waiting: AtomicBool::new(false) }
     }
 
     fn queue(&self) -> MutexGuard<'_, Outgoing> {
@@ -159,11 +172,12 @@ impl Out {
         }
         let mut queue = self.queue();
         while !queue.pending().is_empty() {
-            match (&self.socket).write(queue.pending()) {
+            // the socket itself may be a blocking one: whoever reads from it decides
+            match rustix::net::send(&self.socket, queue.pending(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
                 Ok(count) => queue.advance(count),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                Err(Errno::AGAIN) => return Ok(false),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
             }
         }
         self.waiting.store(false, Ordering::Relaxed);

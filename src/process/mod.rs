@@ -31,7 +31,7 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
-use tokio::{net::UnixStream, process::Child};
+use tokio::{io::AsyncReadExt, net::UnixStream, process::Child};
 
 pub(crate) use self::page::Page;
 use self::wire::{Frame, Incoming, Kind, Outgoing, VERSION, WireError};
@@ -250,28 +250,25 @@ impl Process {
                 cx.waker().wake_by_ref();
                 return Poll::Ready(Seen::Progress);
             }
-            match self.socket.poll_read_ready(cx) {
+            // unlike a bare read it knows a short one for the last, which spares the call that would say so
+            let read = std::pin::pin!(self.socket.read_buf(self.incoming.space())).poll(cx);
+            match read {
                 Poll::Pending => break,
-                Poll::Ready(Err(_)) => self.cut = true,
-                Poll::Ready(Ok(())) => match self.socket.try_read_buf(self.incoming.space()) {
-                    Ok(0) => self.cut = true,
-                    Ok(count) => {
-                        turn = turn.saturating_sub(count);
-                        progress = true;
-                        loop {
-                            match self.incoming.next() {
-                                Ok(Some(frame)) => take(frame),
-                                Ok(None) => break,
-                                Err(error) => {
-                                    self.cut = true;
-                                    return Poll::Ready(Seen::Broken(error));
-                                }
+                Poll::Ready(Err(_) | Ok(0)) => self.cut = true,
+                Poll::Ready(Ok(count)) => {
+                    turn = turn.saturating_sub(count);
+                    progress = true;
+                    loop {
+                        match self.incoming.next() {
+                            Ok(Some(frame)) => take(frame),
+                            Ok(None) => break,
+                            Err(error) => {
+                                self.cut = true;
+                                return Poll::Ready(Seen::Broken(error));
                             }
                         }
                     }
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                    Err(_) => self.cut = true,
-                },
+                }
             }
         }
         if progress {

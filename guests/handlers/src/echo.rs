@@ -1,10 +1,9 @@
 //! Gives every message back as it is written.
 
 use wrun_guest::handler;
-use wrun_guest::serde_json::value::RawValue;
 
-fn handle(message: Box<RawValue>) -> Result<Box<RawValue>, String> {
-    Ok(message)
+fn handle(message: String) -> Result<Option<String>, String> {
+    Ok(Some(message))
 }
 
-handler!(handle);
+handler!(raw handle);

@@ -58,19 +58,28 @@ pub mod bindings {
 ///
 /// The function takes one message, any type that is [`DeserializeOwned`](serde::de::DeserializeOwned), and returns
 /// something that is [`IntoReply`]. A guest has one handler.
+///
+/// `handler!(raw function)` is for those that do without serde: the function takes the JSON text as it came, a
+/// `String`, and returns the texts as they are to go, a `Result<Option<String>, String>`.
 #[macro_export]
 macro_rules! handler {
-    ($handle:path) => {
+    (raw $handle:path) => {
+        $crate::handler!(@export $handle);
+    };
+    (@export $handle:expr) => {
         const _: () = {
             struct Handler;
 
             impl $crate::bindings::exports::wrun::guest::handler::Guest for Handler {
                 fn handle(message: String) -> Result<Option<String>, String> {
-                    $crate::answer(&message, $handle)
+                    ($handle)(message)
                 }
             }
 
-    $crate::bindings::export!(Handler with_types_in $crate::bindings);
+            $crate::bindings::export!(Handler with_types_in $crate::bindings);
         };
+    };
+    ($handle:path) => {
+        $crate::handler!(@export |message: String| $crate::answer(&message, $handle));
     };
 }

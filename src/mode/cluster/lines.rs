@@ -428,7 +428,7 @@ struct LineReader {
 impl LineReader {
     /// Takes the bytes up to the next end of a line, or all; answers the rest.
     fn take<'a>(&mut self, bytes: &'a [u8]) -> &'a [u8] {
-        let Some(end) = bytes.iter().position(|byte| *byte == b'\n') else {
+        let Some(end) = memchr::memchr(b'\n', bytes) else {
             // white space around the message does not count for its length, within reason
             let room = (self.max + 1024).saturating_sub(self.partial.len());
             let kept = bytes.len().min(room);
