@@ -60,7 +60,7 @@ impl Error {
     #[must_use]
     pub fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Usage(_) | Self::Message(_) | Self::Load(LoadError::Grant { .. }) => ExitCode::Usage,
+            Self::Usage(_) | Self::Message(_) | Self::Load(LoadError::Grant(_)) => ExitCode::Usage,
             Self::Load(LoadError::NotFound { .. }) => ExitCode::NoSuchGuest,
             Self::Load(_) => ExitCode::NotRunnable,
             Self::Io { .. } | Self::Stopped => ExitCode::Cannot,

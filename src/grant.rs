@@ -8,8 +8,6 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::sandbox::LoadError;
-
 /// The abilities given to one guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Grants {
@@ -24,9 +22,9 @@ impl Grants {
     ///
     /// # Errors
     /// Names the grant that is not.
-    pub(crate) fn check(&self) -> Result<(), LoadError> {
+    pub(crate) fn check(&self) -> Result<(), GrantError> {
         for dir in &self.dirs {
-            let refused = |reason: String| LoadError::Grant { grant: format!("--dir {dir}"), reason };
+            let refused = |reason: String| GrantError { grant: format!("--dir {dir}"), reason };
             match std::fs::metadata(&dir.host) {
                 Ok(meta) if meta.is_dir() => {}
                 Ok(_) => return Err(refused("it is not a folder".into())),
@@ -35,6 +33,16 @@ impl Grants {
         }
         Ok(())
     }
+}
+
+/// What is granted is not there.
+#[derive(Debug, thiserror::Error)]
+#[error("could not grant `{grant}`: {reason}")]
+pub struct GrantError {
+    /// The grant as it was written.
+    pub grant: String,
+    /// Why it could not be given.
+    pub reason: String,
 }
 
 /// A folder of the host that the guest may use: `HOST[::GUEST][:ro]`.

@@ -109,7 +109,7 @@ impl Run {
     }
 
     fn run_with(self, interrupt: Interrupt) -> Result<Outcome, Error> {
-        self.grants.check()?;
+        self.grants.check().map_err(LoadError::from)?;
         let spec = EngineSpec {
             epoch_checks: self.limits.timeout.is_some() && matches!(interrupt, Interrupt::Epoch),
             fuel: self.limits.fuel.is_some(),

@@ -13,7 +13,7 @@ use wasmtime::{
 use wasmtime_wasi::{FsPerms, I32Exit, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView, p1::WasiP1Ctx};
 
 use crate::{
-    grant::Grants,
+    grant::{GrantError, Grants},
     limits::Limits,
     message::Message,
     outcome::{End, LimitKind, Outcome, Stage, Usage, millis},
@@ -155,7 +155,7 @@ impl State {
         for dir in &setup.grants.dirs {
             let perms = if dir.read_only { FsPerms::ReadOnly } else { FsPerms::ReadWrite };
             wasi.preopened_dir(&dir.host, &dir.guest, perms)
-                .map_err(|error| LoadError::Grant { grant: format!("--dir {dir}"), reason: format!("{error:#}") })?;
+                .map_err(|error| GrantError { grant: format!("--dir {dir}"), reason: format!("{error:#}") })?;
         }
         match &setup.stdio {
             Stdio::Inherit => {

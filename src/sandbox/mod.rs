@@ -36,6 +36,7 @@ pub use self::{
     inspect::{Form, Inspection, Shape},
 };
 use crate::{
+    grant::GrantError,
     limits::Bytes,
     outcome::{End, Outcome, Stage},
 };
@@ -125,13 +126,8 @@ pub enum LoadError {
         hint: Option<String>,
     },
     /// What was granted is not there.
-    #[error("could not grant `{grant}`: {reason}")]
-    Grant {
-        /// The grant as it was written.
-        grant: String,
-        /// Why.
-        reason: String,
-    },
+    #[error(transparent)]
+    Grant(#[from] GrantError),
 }
 
 fn found_shape(found: Option<Shape>, form: Form) -> String {
@@ -172,7 +168,7 @@ impl LoadError {
             }
             Self::NotWasm { .. } | Self::Invalid { .. } | Self::Precompiled { .. } => Stage::Compile,
             Self::UnknownImport { .. } | Self::Mismatch { .. } | Self::WrongShape { .. } => Stage::Link,
-            Self::Grant { .. } => Stage::Start,
+            Self::Grant(_) => Stage::Start,
             Self::Reported { stage, .. } => *stage,
         };
         End::Failed { stage, reason: self.to_string(), hint: self.hint() }

@@ -26,15 +26,15 @@ pub(crate) fn run() {
             ("instance fresh", Box::new(|| lines(ECHO, "0", count / 10, &["--instance", "task"]))),
         ],
     );
-    // about a millisecond each
-    let (tasks, n) = (2_000, "25");
+    // one or two milliseconds each
+    let (tasks, n) = (1_000, "29");
     let engine = InProcess::new();
-    let in_process = || 2.0 * engine.tasks_per_second(n, 300);
+    let in_process = || 2.0 * engine.tasks_per_second(n, 100);
     let probes: Vec<Probe<'_>> = vec![
         ("wrun", Box::new(|| lines(FIB, n, tasks, &[]))),
         ("twice what one thread does in process", Box::new(in_process)),
     ];
-    compare("fib(25) tasks, 2 workers", "/s", 9, probes);
+    compare("fib(29) tasks, 2 workers", "/s", 9, probes);
 }
 
 /// JSON lines through the command, tasks a second. The start of the pool is not counted: what a single line takes is
@@ -101,7 +101,7 @@ impl InProcess {
         let start = Instant::now();
         for _ in 0..count {
             let (answer,) = handle.call(&mut store, (message,)).unwrap();
-            assert_eq!(answer.unwrap().unwrap(), "{\"n\":25,\"fib\":75025}");
+            assert_eq!(answer.unwrap().unwrap(), "{\"n\":29,\"fib\":514229}");
         }
         f64::from(count) / start.elapsed().as_secs_f64()
     }

@@ -49,7 +49,7 @@ fn a_handler() {
     let found = inspect(ECHO);
     assert_eq!((&found["form"], &found["shape"]), (&json!("component"), &json!("handler")));
     assert_eq!((&found["modes"], &found["refused"]), (&json!(["cluster"]), &json!([])));
-    assert_eq!(found["flags"], json!(["--env"]));
+    assert_eq!(found["flags"], json!([]));
     assert_eq!(found["exports"], json!(["wrun:guest/handler@0.1.0"]));
 }
 

@@ -18,8 +18,7 @@ const HOMES: [(&[&str], &[&str]); 3] = [
 
 /// Who may not import whom: a part, and those that are above it or beside it.
 ///
-/// `error` sorts the errors of the parts below the modes, and `grant` answers the sandbox's when what is granted is
-/// not there; beyond that, what is lower knows nothing of what is higher.
+/// `error` sorts the errors of the parts below the modes; beyond that, what is lower knows nothing of what is higher.
 const FORBIDDEN: [(&str, &[&str]); 13] = [
     ("mode", &["cli", "report", "main"]),
     ("child", &["cli", "report", "main", "mode", "supervisor"]),
@@ -29,7 +28,7 @@ const FORBIDDEN: [(&str, &[&str]); 13] = [
     ("mailbox", &["cli", "report", "main", "mode", "supervisor", "process", "sandbox"]),
     ("error", &["cli", "report", "main", "mode"]),
     ("event", &["cli", "report", "main", "mode", "supervisor", "process", "sandbox", "error"]),
-    ("grant", &["cli", "report", "main", "mode", "supervisor", "process", "error"]),
+    ("grant", &["cli", "report", "main", "mode", "child", "supervisor", "process", "sandbox", "error"]),
     ("limits", &["cli", "report", "main", "mode", "supervisor", "process", "sandbox", "error"]),
     ("message", &["cli", "report", "main", "mode", "supervisor", "process", "sandbox", "error"]),
     ("outcome", &["cli", "report", "main", "mode", "supervisor", "process", "sandbox", "error"]),

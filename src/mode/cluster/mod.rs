@@ -331,7 +331,7 @@ impl Builder {
         if self.heartbeat < Duration::from_millis(10) {
             return usage("expected a heartbeat of 10ms or more");
         }
-        Ok(self.grants.check()?)
+        Ok(self.grants.check().map_err(LoadError::from)?)
     }
 }
 
