@@ -1,8 +1,8 @@
 //! Which worker gets which task, and what becomes of the tasks of a worker that died. Pure: the clock is handed in.
 //!
 //! A worker takes its tasks in the order in which they were sent, `concurrency` at a time. While it works, a few more
-//! may lie in its socket, so that it never waits for the primary; but only as many as are done in about a
-//! millisecond, so that none waits behind a slow one while another worker is idle.
+//! may lie in its socket, so that it never waits for the primary; but only as many as are done in a few milliseconds,
+//! so that none waits behind a slow one for long while another worker is idle.
 
 use std::{
     collections::VecDeque,
@@ -12,7 +12,7 @@ use std::{
 use crate::{event::WorkerId, message::Message};
 
 /// The work that may lie ahead of a worker, by how long its last tasks took.
-const AHEAD: Duration = Duration::from_millis(1);
+const AHEAD: Duration = Duration::from_millis(5);
 
 /// The most tasks and bytes that may lie ahead of it however short they are.
 const AHEAD_TASKS: usize = 128;
@@ -42,6 +42,8 @@ pub(crate) struct Dispatch<T> {
 #[derive(Debug)]
 struct Lane<T> {
     open: bool,
+    /// It is being ended for its oldest task, whose time is no longer of interest.
+    ending: bool,
     sent: VecDeque<(u64, Task<T>)>,
     sent_bytes: usize,
     next_id: u64,
@@ -63,8 +65,15 @@ pub(crate) struct Lost<T> {
 impl<T> Dispatch<T> {
     /// For `workers` workers, each of which handles `concurrency` tasks at once.
     pub(crate) fn new(workers: u32, concurrency: u32, now: Instant) -> Self {
-        let lane =
-            || Lane { open: false, sent: VecDeque::new(), sent_bytes: 0, next_id: 1, head_since: now, pace: AHEAD };
+        let lane = || Lane {
+            open: false,
+            ending: false,
+            sent: VecDeque::new(),
+            sent_bytes: 0,
+            next_id: 1,
+            head_since: now,
+            pace: AHEAD,
+        };
         Self {
             waiting: VecDeque::new(),
             waiting_bytes: 0,
@@ -93,7 +102,13 @@ impl<T> Dispatch<T> {
     pub(crate) fn open(&mut self, worker: WorkerId) {
         let lane = &mut self.lanes[worker as usize - 1];
         debug_assert!(lane.sent.is_empty());
-        (lane.open, lane.next_id, lane.pace) = (true, 1, AHEAD);
+        (lane.open, lane.ending, lane.next_id, lane.pace) = (true, false, 1, AHEAD);
+    }
+
+    /// A worker is being ended: it gets no more tasks, and its deadline has been seen to.
+    pub(crate) fn close(&mut self, worker: WorkerId) {
+        let lane = &mut self.lanes[worker as usize - 1];
+        (lane.open, lane.ending) = (false, true);
     }
 
     /// The next task to send, with its id at that worker: to the one with the fewest.
@@ -172,7 +187,7 @@ impl<T> Dispatch<T> {
 
     /// The worker whose oldest task is out of time first, and when.
     pub(crate) fn deadline(&self, timeout: Duration) -> Option<(Instant, WorkerId)> {
-        let busy = self.lanes.iter().zip(1..).filter(|(lane, _)| !lane.sent.is_empty());
+        let busy = self.lanes.iter().zip(1..).filter(|(lane, _)| !lane.sent.is_empty() && !lane.ending);
         busy.map(|(lane, worker)| (lane.head_since + timeout, worker)).min()
     }
 }
@@ -302,5 +317,7 @@ mod tests {
         assert_eq!(dispatch.deadline(timeout), Some((now + timeout, 2)));
         dispatch.answered(2, 1, later);
         assert_eq!(dispatch.deadline(timeout), Some((later + timeout, 1)), "from when the one before it was done");
+        dispatch.close(1);
+        assert_eq!(dispatch.deadline(timeout), Some((later + timeout, 2)), "a deadline is seen to once");
     }
 }

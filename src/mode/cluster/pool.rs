@@ -291,6 +291,7 @@ impl<C: Client> Pool<C> {
         if self.timer.as_mut().poll(cx).is_pending() {
             return Poll::Pending;
         }
+        self.dispatch.close(worker);
         let allowed = self.limits.timeout.unwrap_or(timeout);
         self.supervisor.enforce(worker, End::Limit { limit: LimitKind::Time, allowed: format!("{allowed:?}") });
         Poll::Ready(())
