@@ -15,6 +15,7 @@ use serde_json::json;
 use wrun::{
     Error, Report,
     event::{Event, Stream},
+    limits::Bytes,
     outcome::{End, Outcome},
 };
 
@@ -141,6 +142,7 @@ pub(crate) fn inspection(report: &Report, as_json: bool) {
         "size      {} bytes: code {} in {} functions, data {}",
         found.bytes, found.code_bytes, found.functions, found.data_bytes
     );
+    let _ = writeln!(text, "memory    {} to start with", Bytes(found.memory_min));
     let _ = writeln!(text, "modes     {}", or_none(&report.modes));
     let _ = writeln!(text, "flags     {}", or_none(&report.flags));
     for (title, names) in [("imports", &found.imports), ("exports", &found.exports)] {

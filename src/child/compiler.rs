@@ -69,6 +69,8 @@ pub(crate) async fn compile_aside(
     spec: EngineSpec,
     guest: Guest,
 ) -> Result<Code, Error> {
+    // code does not depend on the room that its instances will have
+    let spec = EngineSpec { pool: None, ..spec };
     let engine = spec.engine().map_err(|error| Error::Usage(format!("{error:#}")))?;
     let entry = cache.entry(&engine, &guest);
     if let Some(code) = entry.as_deref().and_then(Cache::find) {

@@ -26,6 +26,8 @@ pub struct Inspection {
     pub data_bytes: u64,
     /// How many functions it defines.
     pub functions: u32,
+    /// The least memory that it can start with, in bytes.
+    pub memory_min: u64,
 }
 
 /// How a guest is packed.
@@ -97,6 +99,7 @@ impl Inspection {
             code_bytes: 0,
             data_bytes: 0,
             functions: 0,
+            memory_min: 0,
         };
         // sections of modules inside of a component count for its size but not for what it imports
         let mut depth = 0u32;
@@ -134,6 +137,13 @@ impl Inspection {
                 Payload::CodeSectionStart { count, size, .. } => {
                     found.functions = found.functions.saturating_add(count);
                     found.code_bytes += u64::from(size);
+                }
+                Payload::MemorySection(section) => {
+                    for memory in section {
+                        let memory = memory.map_err(invalid)?;
+                        let page = 1u64.checked_shl(memory.page_size_log2.unwrap_or(16)).unwrap_or(u64::MAX);
+                        found.memory_min = found.memory_min.saturating_add(memory.initial.saturating_mul(page));
+                    }
                 }
                 Payload::DataSection(section) => found.data_bytes += section.range().len() as u64,
                 _ => {}
@@ -215,6 +225,7 @@ mod tests {
         assert_eq!((command.form, command.shape), (Form::Module, Some(Shape::Command)));
         assert_eq!(command.imports, ["wasi_snapshot_preview1::proc_exit"]);
         assert_eq!(inspect(r#"(module (func (export "add")))"#).shape, None);
+        assert_eq!(inspect("(component (core module (memory 2)) (core module (memory 3 9)))").memory_min, 5 << 16);
         let nested = inspect(r#"(component (core module (func (export "_start"))))"#);
         assert_eq!((nested.form, nested.shape, nested.functions), (Form::Component, None, 1));
     }

@@ -297,17 +297,21 @@ fn end_of(error: &wasmtime::Error, limits: &Limits) -> End {
     if let (Some(Trap::OutOfFuel), Some(fuel)) = (trap, limits.fuel) {
         return End::Limit { limit: LimitKind::Fuel, allowed: fuel.to_string() };
     }
-    // a pool's slots are as large as the limit: a guest whose memory starts larger does not fit in
     let text = guest::one_line(&error.root_cause().to_string());
-    if text.contains("memory index") && text.contains("unsupported") {
-        return End::Limit { limit: LimitKind::Memory, allowed: limits.memory.to_string() };
-    }
     let backtrace = error.downcast_ref::<WasmBacktrace>().map_or_else(Vec::new, |backtrace| {
         // the first line of its text is a heading
-        backtrace.to_string().lines().skip(1).map(|line| line.trim().to_owned()).collect()
+        backtrace.to_string().lines().skip(1).map(|line| cut(line.trim())).collect()
     });
     End::Trapped {
-        trap: trap.map_or(text, |trap| trap.to_string().trim_start_matches("wasm trap: ").into()),
+        trap: trap.map_or(cut(&text), |trap| trap.to_string().trim_start_matches("wasm trap: ").into()),
         backtrace,
+    }
+}
+
+/// A text that a guest has a say in, such as a function's name, at a length that fits a line.
+fn cut(text: &str) -> String {
+    match text.char_indices().nth(400) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.into(),
     }
 }

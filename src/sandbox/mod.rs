@@ -115,6 +115,14 @@ pub enum LoadError {
         /// Why.
         reason: String,
     },
+    /// It cannot start within the memory limit.
+    #[error("it starts with {needs} of memory, more than the {limit} that it may have (--memory)")]
+    NeedsMemory {
+        /// What it starts with.
+        needs: Bytes,
+        /// The limit.
+        limit: Bytes,
+    },
     /// Another process says so.
     #[error("{reason}")]
     Reported {
@@ -156,6 +164,8 @@ impl LoadError {
             Self::Precompiled { .. } => {
                 "make it again with `wrun compile -o`, by this wrun, with `--fuel` if it runs with that, and without `--epoch`".into()
             }
+            Self::NeedsMemory { needs, .. } => format!("give it more: `--memory {needs}` or above"),
+            Self::Reported { hint, .. } => return hint.clone(),
             _ => return None,
         })
     }
@@ -168,7 +178,7 @@ impl LoadError {
             }
             Self::NotWasm { .. } | Self::Invalid { .. } | Self::Precompiled { .. } => Stage::Compile,
             Self::UnknownImport { .. } | Self::Mismatch { .. } | Self::WrongShape { .. } => Stage::Link,
-            Self::Grant(_) => Stage::Start,
+            Self::Grant(_) | Self::NeedsMemory { .. } => Stage::Start,
             Self::Reported { stage, .. } => *stage,
         };
         End::Failed { stage, reason: self.to_string(), hint: self.hint() }

@@ -308,6 +308,38 @@ fn limits_hold_in_a_pool() {
 }
 
 #[test]
+fn a_memory_that_starts_larger_than_the_limit_is_named_with_what_it_needs() {
+    let found = wrun(["inspect", "--json", HOSTILE]).run().code(0).stdout_json();
+    let needs = found["memory_min"].as_u64().unwrap();
+    let pool = |memory: u64| {
+        let memory = format!("{memory}B");
+        wrun(["cluster", HOSTILE, "-w", "1", "--memory", &memory]).stdin("{\"do\":\"ok\"}\n").run()
+    };
+    pool(needs).code(0).stdout("{\"line\":1,\"reply\":{\"ok\":true}}\n");
+    let just_under = pool(needs - 1).code(126).stdout("");
+    just_under.stderr_has("it starts with ").stderr_has("hint: give it more: `--memory ");
+    wrun(["cluster", HOSTILE, "--memory", "5GiB"])
+        .run()
+        .code(2)
+        .error("expected at most 4GiB of memory for one instance");
+}
+
+#[test]
+fn an_import_that_wrun_does_not_offer_is_named_before_a_worker_is_started() {
+    let folder = Folder::new().file(
+        "saw.wat",
+        r#"(component
+            (import "acme:tools/saw@1.0.0" (instance (export "cut" (func))))
+            (instance $nothing)
+            (export "wrun:guest/handler@0.1.0" (instance $nothing)))"#,
+    );
+    folder.wrun(["cluster", "saw.wat"]).stdin("1\n").run().code(126).error_and_hint(
+        "it imports `acme:tools/saw@1.0.0`, which wrun does not offer",
+        "wrun offers WASI preview 1, WASI 0.2 and wrun:guest@0.1.0",
+    );
+}
+
+#[test]
 fn a_guest_that_no_pool_can_run_is_named_in_one_line() {
     wrun(["cluster", "-"])
         .stdin("1\n")

@@ -78,6 +78,7 @@ name      stdin
 shape     command
 form      core module
 size      108 bytes: code 3 in 1 functions, data 10
+memory    64KiB to start with
 modes     run
 flags     --env
 imports   wasi_snapshot_preview1::environ_get

@@ -25,7 +25,7 @@ use crate::{
     child::{WorkerConfig, compile_aside},
     event::Event,
     grant::Grants,
-    limits::Limits,
+    limits::{Bytes, Limits},
     message::Message,
     outcome::End,
     process::{Process, Program, Role},
@@ -41,6 +41,9 @@ const READY_WITHIN: Duration = Duration::from_secs(30);
 
 /// How long after a task's deadline its worker is killed when it should have ended the task itself.
 const BACKSTOP: Duration = Duration::from_secs(5);
+
+/// The most memory of one instance: what a 32-bit guest can address.
+const MEMORY_MAX: Bytes = Bytes::mib(4096);
 
 /// What a frame may have beyond the longest message: outcomes with their backtraces, lines.
 const FRAME_SLACK: u32 = 128 << 10;
@@ -284,6 +287,10 @@ impl Builder {
             let (found, form) = (inspection.shape, inspection.form);
             return Err(LoadError::WrongShape { expected: Shape::Handler, found, form }.into());
         }
+        let needs = Bytes(inspection.memory_min);
+        if needs > self.limits.memory {
+            return Err(LoadError::NeedsMemory { needs, limit: self.limits.memory }.into());
+        }
         let body_max = u32::try_from(self.limits.message_max.0).unwrap_or(u32::MAX).saturating_add(FRAME_SLACK);
         let watch = Watch {
             policy: Policy { restart: self.restart, ..Policy::default() },
@@ -327,6 +334,9 @@ impl Builder {
         }
         if self.concurrency > 1 && self.interrupt == Interrupt::Kill {
             return usage("`kill` would end all the tasks of a worker: use `epoch` when it handles several at once");
+        }
+        if self.limits.memory > MEMORY_MAX {
+            return Err(Error::Usage(format!("expected at most {MEMORY_MAX} of memory for one instance")));
         }
         if self.heartbeat < Duration::from_millis(10) {
             return usage("expected a heartbeat of 10ms or more");
