@@ -4,7 +4,11 @@
 
 use std::io;
 
-use crate::{message::MessageError, outcome::Outcome, sandbox::LoadError};
+use crate::{
+    message::MessageError,
+    outcome::{End, Outcome},
+    sandbox::LoadError,
+};
 
 /// Why wrun could not do what was asked.
 ///
@@ -44,6 +48,18 @@ impl Error {
     /// For `map_err`: what was tried when the machine refused.
     pub(crate) fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { what, source }
+    }
+
+    /// A pool whose guest cannot be loaded says so instead of counting its workers.
+    pub(crate) fn of_pool(self) -> Self {
+        match self {
+            Self::PoolFailed { last: Outcome { end: End::Failed { stage, reason, hint }, .. } }
+                if stage.is_guests() =>
+            {
+                LoadError::Reported { stage, reason, hint }.into()
+            }
+            other => other,
+        }
     }
 
     /// What to do next, when there is something to say.

@@ -51,6 +51,9 @@
 //! - `unsafe` is in `sandbox/code.rs` (mapping machine code), `process/page.rs` (shared counters) and
 //!   `process/child.rs` (the inherited socket).
 
+#[cfg(not(target_os = "linux"))]
+compile_error!("wrun runs on Linux only: its workers are made of memfds, pidfds and seals");
+
 mod child;
 mod error;
 pub mod event;

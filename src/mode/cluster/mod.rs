@@ -27,7 +27,6 @@ use crate::{
     grant::Grants,
     limits::{Bytes, Limits},
     message::Message,
-    outcome::End,
     process::{Process, Program, Role},
     sandbox::{Cache, Code, EngineSpec, Form, Guest, Identity, LoadError, Pool as EnginePool, Shape},
     supervisor::{EventSink, Policy, Restart, Supervisor, Watch},
@@ -484,21 +483,6 @@ impl Client for Handle {
         for (ticket, answer) in self.finished.drain(..) {
             // whoever asked may have gone
             let _ = ticket.send(answer);
-        }
-    }
-}
-
-impl Error {
-    /// A pool whose guest cannot be loaded says so instead of counting its workers.
-    pub(crate) fn of_pool(self) -> Self {
-        match self {
-            Self::PoolFailed { last } => match last.end {
-                End::Failed { stage, reason, hint } if stage.is_guests() => {
-                    LoadError::Reported { stage, reason, hint }.into()
-                }
-                _ => Self::PoolFailed { last },
-            },
-            other => other,
         }
     }
 }
