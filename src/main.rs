@@ -10,7 +10,7 @@ use wrun::{CompileFlags, Error, Run, cluster::lines, limits::Bytes, outcome::Out
 
 use crate::{
     cli::{Cli, ClusterArgs, Command, CompileArgs, RunArgs},
-    report::Printer,
+    report::{EventLog, Printer},
 };
 
 fn main() -> ExitCode {
@@ -81,8 +81,10 @@ impl OutcomeReport {
 
 fn cluster(args: ClusterArgs, printer: Printer) -> Result<u8, Error> {
     let ordered = args.ordered;
-    let end = lines::run(args.builder()?, io::stdin(), io::stdout(), ordered, move |event| printer.event(&event))?;
-    Ok(match end {
+    let (log, last_lines) = EventLog::start(printer).map_err(|source| Error::Io { what: "start a thread", source })?;
+    let end = lines::run(args.builder()?, io::stdin(), io::stdout(), ordered, move |event| log.tell(&event));
+    last_lines.wait();
+    Ok(match end? {
         lines::End::Done | lines::End::Stopped { killed: false, .. } => 0,
         lines::End::Stopped { signal, killed: true } => u8::try_from(128 + signal).unwrap_or(255),
         lines::End::OutputClosed => 141,

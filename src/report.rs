@@ -8,6 +8,8 @@ use std::{
     fmt::Write as _,
     io::{self, Write as _},
     path::Path,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
+    time::Duration,
 };
 
 use serde::Serialize;
@@ -73,11 +75,11 @@ impl Printer {
         }
     }
 
-    /// Something that happened in a pool.
-    pub(crate) fn event(self, event: &Event) {
+    /// Something that happened in a pool, as a line.
+    fn event_line(self, event: &Event) -> String {
         match self.format {
-            LogFormat::Json => self.log_line(event),
-            LogFormat::Text => print_error(&event_line(event)),
+            LogFormat::Json => serde_json::to_string(event).expect("plain data has a JSON form") + "\n",
+            LogFormat::Text => event_line(event),
         }
     }
 
@@ -85,6 +87,95 @@ impl Printer {
     #[expect(clippy::unused_self, reason = "reads like its siblings")]
     pub(crate) fn log_line(self, value: &impl Serialize) {
         print_error(&(serde_json::to_string(value).expect("plain data has a JSON form") + "\n"));
+    }
+}
+
+/// Events on their way to standard error. Whoever reads that may be slow, or stop; the pool must not stop with it, so a
+/// thread of its own writes, and what does not fit into its buffer is counted instead.
+pub(crate) struct EventLog {
+    shared: Arc<(Mutex<Waiting>, Condvar)>,
+    printer: Printer,
+}
+
+/// Lines that are to be written.
+#[derive(Default)]
+struct Waiting {
+    text: String,
+    dropped: u64,
+    closed: bool,
+}
+
+/// How much text may wait.
+const WAITING_MAX: usize = 4 << 20;
+
+/// How long the last lines may take after the pool has ended.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
+/// Waits for the last lines of an [`EventLog`].
+pub(crate) struct LastLines(mpsc::Receiver<()>);
+
+impl EventLog {
+    /// Starts the thread.
+    pub(crate) fn start(printer: Printer) -> io::Result<(Self, LastLines)> {
+        let shared = Arc::<(Mutex<Waiting>, Condvar)>::default();
+        let (done, last) = mpsc::channel();
+        let theirs = shared.clone();
+        std::thread::Builder::new().name("wrun-log".into()).spawn(move || {
+            Self::write_all(&theirs);
+            let _ = done.send(());
+        })?;
+        Ok((Self { shared, printer }, LastLines(last)))
+    }
+
+    /// Takes an event, and never waits.
+    pub(crate) fn tell(&self, event: &Event) {
+        let line = self.printer.event_line(event);
+        let mut waiting = lock(&self.shared.0);
+        if waiting.text.len() + line.len() > WAITING_MAX {
+            waiting.dropped += 1;
+            return;
+        }
+        if waiting.dropped > 0 {
+            let message = format!("{} events were not printed, since standard error took no more", waiting.dropped);
+            waiting.dropped = 0;
+            waiting.text += &self.printer.event_line(&Event::Error { worker: None, message });
+        }
+        waiting.text += &line;
+        drop(waiting);
+        self.shared.1.notify_one();
+    }
+
+    fn write_all((waiting, news): &(Mutex<Waiting>, Condvar)) {
+        loop {
+            let mut waiting = lock(waiting);
+            while waiting.text.is_empty() && !waiting.closed {
+                waiting = news.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+            }
+            if waiting.text.is_empty() {
+                return;
+            }
+            let text = std::mem::take(&mut waiting.text);
+            drop(waiting);
+            print_error(&text);
+        }
+    }
+}
+
+fn lock(waiting: &Mutex<Waiting>) -> MutexGuard<'_, Waiting> {
+    waiting.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Drop for EventLog {
+    fn drop(&mut self) {
+        lock(&self.shared.0).closed = true;
+        self.shared.1.notify_one();
+    }
+}
+
+impl LastLines {
+    /// Waits until they are written, or nobody takes them.
+    pub(crate) fn wait(self) {
+        let _ = self.0.recv_timeout(LAST_LINES);
     }
 }
 

@@ -17,6 +17,9 @@ const LINE_MAX: usize = 64 << 10;
 /// Bytes a second, and bytes at once.
 const RATE: u64 = 1 << 20;
 
+/// What a line costs at least: each is an event, however short.
+const LINE_MIN: u64 = 64;
+
 /// One worker's printing.
 pub(super) struct Lines {
     out: Arc<Out>,
@@ -49,11 +52,12 @@ impl Budget {
         if gained > 0 {
             (self.left, self.filled) = (self.left.saturating_add(gained).min(RATE), now);
         }
-        if bytes > self.left {
+        let cost = bytes.max(LINE_MIN);
+        if cost > self.left {
             self.dropped += bytes;
             return false;
         }
-        self.left -= bytes;
+        self.left -= cost;
         true
     }
 }
@@ -139,6 +143,9 @@ mod tests {
         assert!(!budget.take(1, start));
         assert!(!budget.take(1000, start));
         assert_eq!(budget.dropped, 1001);
+        let mut short = Budget::new(start);
+        let lines = (0..1 << 20).take_while(|_| short.take(1, start)).count() as u64;
+        assert_eq!(lines, RATE / LINE_MIN, "short lines are not for nothing");
         let half = start + Duration::from_millis(500);
         assert!(!budget.take((1 << 19) + 1, half));
         assert!(budget.take(1 << 19, half));

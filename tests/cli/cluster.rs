@@ -244,6 +244,23 @@ fn a_flood_of_output_is_bounded_and_counted() {
 }
 
 #[test]
+fn a_stuck_reader_of_the_news_does_not_stop_the_pool() {
+    let mut running = wrun(["cluster", HOSTILE, "-w", "1", "--log-format", "json"]).stdin_open().spawn();
+    running.pause_stderr();
+    // ten times what a pipe holds
+    running.write_line(r#"{"do":"flood","lines":7000,"bytes":100}"#);
+    running.write_line(r#"{"do":"ok"}"#);
+    assert_eq!(running.stdout_line(), r#"{"line":1,"reply":{"written":true}}"#);
+    assert_eq!(running.stdout_line(), r#"{"line":2,"reply":{"ok":true}}"#);
+    running.resume_stderr();
+    running.close_stdin();
+    let finished = running.wait().code(0);
+    let last = finished.stderr_json();
+    assert_eq!((&last["event"], &last["tasks"]), (&json!("exit"), &json!(2)), "{}", finished.transcript());
+    assert_eq!(finished.stderr_text().matches("\"event\":\"output\"").count(), 7000);
+}
+
+#[test]
 fn messages_of_the_guest_are_events() {
     let input = r#"{"do":"send","message":{"n":1.5}}
 {"do":"send-raw","text":"{oops"}

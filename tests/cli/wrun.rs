@@ -414,6 +414,16 @@ impl Running {
         self.stdout.paused = true;
     }
 
+    /// Reads nothing of standard error until [`Running::resume_stderr`]: the pipe fills up.
+    pub(crate) fn pause_stderr(&mut self) {
+        self.stderr.paused = true;
+    }
+
+    /// Reads standard error again.
+    pub(crate) fn resume_stderr(&mut self) {
+        self.stderr.paused = false;
+    }
+
     /// Reads no more of standard output, as `head` does when it has its lines.
     pub(crate) fn close_stdout(&mut self) {
         self.stdout.pipe = None;
@@ -476,7 +486,8 @@ impl Running {
         let stdin = stdin.map(|pipe| (1, PollFd::new(pipe, PollFlags::OUT)));
         let stdout = self.stdout.pipe.as_ref().filter(|_| !self.stdout.paused);
         let stdout = stdout.map(|pipe| (2, PollFd::new(pipe, PollFlags::IN)));
-        let stderr = self.stderr.pipe.as_ref().map(|pipe| (3, PollFd::new(pipe, PollFlags::IN)));
+        let stderr = self.stderr.pipe.as_ref().filter(|_| !self.stderr.paused);
+        let stderr = stderr.map(|pipe| (3, PollFd::new(pipe, PollFlags::IN)));
         let (names, mut fds): (Vec<usize>, Vec<_>) = [ended, stdin, stdout, stderr].into_iter().flatten().unzip();
         let timeout = Timespec::try_from(timeout).expect("a minute");
         rustix::event::poll(&mut fds, Some(&timeout)).expect("descriptors");
