@@ -25,7 +25,8 @@ use wasmtime::{Engine, Module, component::Component};
 
 use crate::sandbox::{Form, Inspection, LoadError, guest};
 
-const MAGIC: &[u8; 8] = b"wrun.1\r\n";
+/// Ends every packed file, and is part of its name in the cache: another number for another form of what is packed.
+pub(crate) const MAGIC: &[u8; 8] = b"wrun.1\r\n";
 const TRAILER: usize = 4 + 32 + 8;
 
 /// Compiled code in a file that is whole.

@@ -5,7 +5,7 @@
 use sha2::{Digest, Sha256};
 use wasmtime::{Config, Enabled, Engine, InstanceAllocationStrategy, PoolingAllocationConfig};
 
-use crate::limits::Bytes;
+use crate::{limits::Bytes, sandbox::code::MAGIC};
 
 /// What an engine is made of.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -53,7 +53,8 @@ impl EngineSpec {
         Engine::new(&config)
     }
 
-    /// A hash of all that decides whether compiled code fits an engine: its version, its flags, this processor.
+    /// A hash of all that decides whether packed code fits: how it is packed, the engine's version and flags, this
+    /// processor.
     pub(crate) fn fingerprint(engine: &Engine) -> [u8; 32] {
         struct Hash(Sha256);
         impl std::hash::Hasher for Hash {
@@ -64,7 +65,7 @@ impl EngineSpec {
                 self.0.update(bytes);
             }
         }
-        let mut hash = Hash(Sha256::new());
+        let mut hash = Hash(Sha256::new_with_prefix(MAGIC));
         std::hash::Hash::hash(&engine.precompile_compatibility_hash(), &mut hash);
         hash.0.finalize().into()
     }
