@@ -2,7 +2,8 @@
 //!
 //! A guest is compiled once for an engine; its entry is named by both. The folder belongs to the user alone (0700), or
 //! it is not used: machine code from elsewhere would run outside of any sandbox. Entries appear whole (written aside,
-//! then renamed), so any number of processes may read and write at once; one that is damaged is compiled again.
+//! then renamed), so any number of processes may read and write at once; one that is damaged is compiled again, and one
+//! that nobody has needed for a month goes when another comes.
 
 use std::{
     fmt::Write as _,
@@ -11,7 +12,7 @@ use std::{
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::OnceLock,
-    time::Instant,
+    time::{Duration, Instant, SystemTime},
 };
 
 use rustix::fs::MemfdFlags;
@@ -85,7 +86,12 @@ impl Cache {
 
     /// Finds a guest's code, if it is here and whole.
     pub(crate) fn find(entry: &Path) -> Option<Code> {
-        let code = Code::open(File::open(entry).ok()?);
+        let file = File::open(entry).ok()?;
+        // its time says when it was last of use, to the day
+        if age(&file.metadata().ok()?) >= DAY {
+            let _ = file.set_modified(SystemTime::now());
+        }
+        let code = Code::open(file);
         if code.is_none() {
             tracing::warn!("{} is damaged and will be compiled again", entry.display());
         }
@@ -99,7 +105,10 @@ impl Cache {
     /// When not even that is possible.
     pub(crate) fn keep(entry: Option<&Path>, packed: &[u8]) -> io::Result<Code> {
         let kept = entry.and_then(|entry| match write_whole(entry, packed) {
-            Ok(file) => Some(file),
+            Ok(file) => {
+                entry.parent().into_iter().for_each(forget_old);
+                Some(file)
+            }
             Err(error) => {
                 tracing::warn!("compiled code is not kept: {}: {error}", entry.display());
                 None
@@ -136,6 +145,26 @@ impl Cache {
         tracing::debug!("`{}` was compiled in {:?}", path.display(), started.elapsed());
         Ok((code, Source::Compiler))
     }
+}
+
+const DAY: Duration = Duration::from_hours(24);
+
+/// How long an entry is kept that nobody needs; and what a compiler that was killed has left.
+const KEPT_FOR: Duration = Duration::from_hours(30 * 24);
+
+/// Removes what has not been of use for long. Whoever has it open still has it.
+fn forget_old(dir: &Path) {
+    let Ok(entries) = fs::read_dir(dir) else { return };
+    for entry in entries.flatten() {
+        let is_ours = entry.path().extension().is_some_and(|ending| ending == "cwasm" || ending == "tmp");
+        if is_ours && entry.metadata().is_ok_and(|meta| age(&meta) >= KEPT_FOR) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+fn age(meta: &fs::Metadata) -> Duration {
+    meta.modified().ok().and_then(|modified| modified.elapsed().ok()).unwrap_or_default()
 }
 
 fn default_dir() -> Option<PathBuf> {

@@ -4,9 +4,10 @@ use std::{
     fs,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
+    time::{Duration, SystemTime},
 };
 
-use guest_artifacts::{ECHO, HELLO, HELLO_P1};
+use guest_artifacts::{CAT, ECHO, HELLO, HELLO_P1};
 
 use crate::wrun::{Finished, Folder};
 
@@ -124,6 +125,22 @@ fn a_damaged_entry_is_compiled_again() {
             assert_eq!(folder.names(CACHE).len(), 1);
         }
     }
+}
+
+#[test]
+fn an_entry_goes_when_nobody_has_needed_it_for_a_month() {
+    let folder = Folder::new();
+    let aged = |guest, days: u64| {
+        let entry = compile(&folder, guest);
+        let then = SystemTime::now() - Duration::from_hours(days * 24);
+        fs::File::open(&entry).unwrap().set_modified(then).unwrap();
+        entry
+    };
+    let (old, younger, used) = (aged(HELLO, 30), aged(HELLO_P1, 29), aged(CAT, 40));
+    folder.wrun(["run", CAT]).private_cache().run().code(0);
+    compile(&folder, ECHO);
+    assert!(!old.exists());
+    assert!(younger.exists() && used.exists());
 }
 
 #[test]
