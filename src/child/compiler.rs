@@ -89,6 +89,7 @@ pub(crate) async fn compile_aside(
     let body_max = u32::try_from(Bytes::mib(1).0).expect("small");
     let mut child =
         Process::start(program, Role::Compiler, &config, &fds, body_max).map_err(Error::io("start a compiler"))?;
+    tracing::debug!("compiling `{}`", guest.name);
     child.flush();
     let (mut ready, mut said) = (false, None);
     let end = poll_fn(|cx| {

@@ -49,7 +49,7 @@ fn keep_buffers() {
     for (parameter, value) in
         [(libc::M_MMAP_THRESHOLD, 64 << 20), (libc::M_TRIM_THRESHOLD, 64 << 20), (libc::M_ARENA_MAX, 1)]
     {
-        // SAFETY: sets a number inside of malloc; the process has one thread yet, as `start` is called first.
+        // SAFETY: sets a number inside of malloc; the process has one thread yet, as `init` asks its caller to see to.
         unsafe { libc::mallopt(parameter, value) };
     }
 }

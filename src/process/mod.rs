@@ -19,7 +19,6 @@ use std::{
         unix::{net::UnixStream as StdStream, process::ExitStatusExt},
     },
     path::PathBuf,
-    pin::Pin,
     process::{ExitStatus, Stdio},
     sync::OnceLock,
     task::{Context, Poll, ready},
@@ -98,19 +97,13 @@ impl Program {
 /// A child process.
 pub(crate) struct Process {
     pid: u32,
-    life: Life,
+    child: Child,
     socket: UnixStream,
     /// Nothing more is read: it closed its end, or sent what is no frame.
     cut: bool,
     incoming: Incoming,
     outgoing: Outgoing,
     page: Page,
-}
-
-/// A child, or the wait for its end.
-enum Life {
-    Alive(Child),
-    Ending(Pin<Box<dyn Future<Output = io::Result<ExitStatus>> + Send>>),
 }
 
 /// What a look at a process found.
@@ -183,7 +176,7 @@ impl Process {
         ours.set_nonblocking(true)?;
         Ok(Self {
             pid,
-            life: Life::Alive(child),
+            child,
             socket: UnixStream::from_std(ours)?,
             cut: false,
             incoming: Incoming::new(body_max),
@@ -224,10 +217,8 @@ impl Process {
 
     /// Ends it now.
     pub(crate) fn kill(&mut self) {
-        if let Life::Alive(child) = &mut self.life {
-            // fails when it is dead already
-            let _ = child.start_kill();
-        }
+        // fails when it is dead already
+        let _ = self.child.start_kill();
     }
 
     /// Hands every frame that has come to `take`, writes what waits, and sees whether the process is gone. It is not
@@ -280,23 +271,11 @@ impl Process {
         }
         // one that is exiting does not feel this any more; one that only closed its end, or lies, has nothing to live for
         self.kill();
-        if let Life::Alive(_) = self.life {
-            let Life::Alive(mut child) =
-                std::mem::replace(&mut self.life, Life::Ending(Box::pin(std::future::pending())))
-            else {
-                unreachable!("seen above")
-            };
-            self.life = Life::Ending(Box::pin(async move { child.wait().await }));
-        }
-        let Life::Ending(end) = &mut self.life else { unreachable!("set above") };
-        let status = ready!(end.as_mut().poll(cx));
-        Poll::Ready(Seen::Gone(match status {
-            Ok(status) => match (status.code(), status.signal()) {
-                (Some(code), _) => End::Exited { code },
-                (None, Some(signal)) => End::Killed { signal },
-                (None, None) => End::Killed { signal: Signal::KILL.as_raw() },
-            },
-            Err(_) => End::Killed { signal: Signal::KILL.as_raw() },
+        let status = ready!(std::pin::pin!(self.child.wait()).poll(cx));
+        let signal = || status.as_ref().ok().and_then(ExitStatus::signal).unwrap_or(Signal::KILL.as_raw());
+        Poll::Ready(Seen::Gone(match status.as_ref().ok().and_then(ExitStatus::code) {
+            Some(code) => End::Exited { code },
+            None => End::Killed { signal: signal() },
         }))
     }
 }

@@ -6,7 +6,7 @@ use guest_artifacts::{ECHO, FIB, HOSTILE, WHOAMI};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::{Value, json};
 
-use crate::wrun::{Finished, Running, wrun};
+use crate::wrun::{Finished, Folder, Running, wrun};
 
 fn pid(value: &Value) -> Pid {
     Pid::from_raw(value.as_i64().and_then(|pid| i32::try_from(pid).ok()).expect("a pid")).expect("a pid")
@@ -22,6 +22,16 @@ fn event(running: &mut Running, name: &str) -> Value {
 /// All events of a run, in order.
 fn events(finished: &Finished) -> Vec<Value> {
     finished.stderr_text().lines().map(|line| serde_json::from_str(line).expect(line)).collect()
+}
+
+/// The processes that a process has started and that are there.
+fn children(of: Pid) -> Vec<Pid> {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", of.as_raw_pid())).expect("it is there").flatten();
+    let lists = tasks.map(|task| std::fs::read_to_string(task.path().join("children")).expect("a list"));
+    lists
+        .flat_map(|list| list.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+        .map(|pid| Pid::from_raw(pid.parse().expect("a pid")).expect("a pid"))
+        .collect()
 }
 
 /// Waits until no such process is there any more; who waits too long fails with the test's deadline.
@@ -293,6 +303,27 @@ fn a_second_signal_means_now() {
     running.signal(Signal::INT);
     running.wait().code(130);
     assert!(gone(pid(&fork["pid"])));
+}
+
+#[test]
+fn a_signal_ends_a_compilation_too() {
+    // many locals that are all alive at once: a register allocator's bad day, of a minute and more
+    let locals = 20_000;
+    let sets: String = (0..locals).map(|n| format!("(local.set {n} (call $f))")).collect();
+    let gets: String = (0..locals).map(|n| format!("(call $g (local.get {n}))")).collect();
+    let wat = format!(
+        r#"(module (import "a" "f" (func $f (result i32))) (import "a" "g" (func $g (param i32)))
+            (func (export "_start") (local {}) {sets} {} {gets}))"#,
+        "i32 ".repeat(locals),
+        gets.repeat(20),
+    );
+    let folder = Folder::new().file("slow.wat", wat);
+    let mut running = folder.wrun(["cluster", "slow.wat", "--verbose", "--no-cache"]).stdin_open().spawn();
+    running.stderr_line_with("compiling `slow`");
+    let compiler = children(running.pid()).pop().expect("a compiler");
+    running.signal(Signal::INT);
+    running.wait().code(130).stdout("");
+    assert!(gone(compiler));
 }
 
 #[test]

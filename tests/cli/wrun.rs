@@ -435,6 +435,11 @@ impl Running {
         self.until("its end", |running| running.status.is_some());
     }
 
+    /// Its process.
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
     /// Sends a signal to it.
     pub(crate) fn signal(&self, signal: Signal) {
         rustix::process::pidfd_send_signal(&self.ended, signal).expect("it is there");

@@ -9,6 +9,7 @@ mod input;
 mod output;
 
 use std::{
+    future::poll_fn,
     io::{self, Read, Write},
     task::{Context, Poll, ready},
 };
@@ -79,7 +80,12 @@ pub fn run(
             input_error: None,
             answers: Answers::new(writer.clone(), window),
         };
-        let mut pool = builder.pool(client, Box::new(events)).await?;
+        // compiling may take long, and a signal ends it with all the rest
+        let mut signals = Signals::new().map_err(Error::io("listen for signals"))?;
+        let mut pool = tokio::select! {
+            pool = builder.pool(client, Box::new(events)) => pool?,
+            signal = poll_fn(|cx| signals.poll(cx)) => return Ok(End::Stopped { signal, killed: true }),
+        };
         // only now: nothing is read from the input of a pool that cannot start
         std::thread::Builder::new()
             .name("wrun-input".into())

@@ -73,6 +73,13 @@ impl Answers {
     }
 }
 
+impl Drop for Answers {
+    /// Lets the writer's thread end, also when the pool never starts.
+    fn drop(&mut self) {
+        self.writer.close();
+    }
+}
+
 /// Appends one answer, as a line.
 fn write_answer(line: &mut Vec<u8>, number: u64, answer: &Answer, attempts: u32) {
     // most answers are replies, which are not taken apart
