@@ -2,7 +2,7 @@
 //!
 //! A guest that fails is no error: that is an [`Outcome`].
 
-use std::io;
+use std::{io, net::SocketAddr};
 
 use crate::{
     message::MessageError,
@@ -33,6 +33,17 @@ pub enum Error {
         /// Why it failed.
         source: io::Error,
     },
+    /// The port could not be taken.
+    #[error("could not listen on `{address}`: {source}")]
+    Listen {
+        /// Which port.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// The new version of a guest was not taken; the old one goes on.
+    #[error("the reload was given up: {0}")]
+    Reload(String),
     /// Every worker died too often.
     #[error("every worker failed; the last one {last}")]
     PoolFailed {
@@ -67,6 +78,13 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Load(error) => error.hint(),
+            Self::Listen { source, .. } => match source.kind() {
+                io::ErrorKind::AddrInUse => Some("another program listens there; choose a port with --listen".into()),
+                io::ErrorKind::PermissionDenied => {
+                    Some("ports below 1024 are for the privileged: choose one above, behind a proxy".into())
+                }
+                _ => None,
+            },
             Self::PoolFailed { .. } => Some("the events above say how each worker ended".into()),
             _ => None,
         }
@@ -79,7 +97,8 @@ impl Error {
             Self::Usage(_) | Self::Message(_) | Self::Load(LoadError::Grant(_)) => ExitCode::Usage,
             Self::Load(LoadError::NotFound { .. }) => ExitCode::NoSuchGuest,
             Self::Load(_) => ExitCode::NotRunnable,
-            Self::Io { .. } | Self::Stopped => ExitCode::Cannot,
+            Self::Listen { source, .. } if source.kind() == io::ErrorKind::AddrInUse => ExitCode::AddressInUse,
+            Self::Io { .. } | Self::Listen { .. } | Self::Reload(_) | Self::Stopped => ExitCode::Cannot,
             Self::PoolFailed { .. } => ExitCode::PoolFailed,
         }
     }
@@ -93,6 +112,8 @@ pub enum ExitCode {
     Usage = 2,
     /// Every worker failed.
     PoolFailed = 70,
+    /// The address to listen on is in use.
+    AddressInUse = 98,
     /// wrun could not do it: the machine refused.
     Cannot = 125,
     /// The guest is not runnable.

@@ -3,7 +3,9 @@
 //! Modes hand events to a sink and never print; the command turns them into lines for people or JSON
 //! for tools, and a library user gets them as they are.
 
-use serde::Serialize;
+use std::net::{IpAddr, SocketAddr};
+
+use serde::{Deserialize, Serialize};
 
 use crate::{message::Message, outcome::Outcome};
 
@@ -36,6 +38,11 @@ pub enum Event {
         pid: u32,
         /// How long after its `fork`, in milliseconds.
         start_ms: u64,
+    },
+    /// The first worker takes connections.
+    Listening {
+        /// Where; with the real port when any was asked for.
+        address: SocketAddr,
     },
     /// A guest sent a message through its mailbox.
     Message {
@@ -71,7 +78,7 @@ pub enum Event {
         worker: WorkerId,
         /// Its process.
         pid: u32,
-        /// How many tasks it answered.
+        /// How many tasks it answered, or how many requests it began.
         tasks: u64,
         /// How it ended.
         outcome: Outcome,
@@ -92,6 +99,22 @@ pub enum Event {
         /// How its last worker ended.
         outcome: Outcome,
     },
+    /// All workers were to be replaced by ones of the guest as it is now, without a request being lost.
+    Reload {
+        /// How long that took until the new ones took over, in milliseconds; the old ones finish what they have.
+        took_ms: u64,
+        /// Why it was given up; the old workers go on.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        error: Option<String>,
+    },
+    /// A request was answered; only when an access log is wanted.
+    Access {
+        /// The slot.
+        worker: WorkerId,
+        /// What it was, and how it went.
+        #[serde(flatten)]
+        record: AccessRecord,
+    },
     /// A task ended its instance: by a trap, a limit or an exit. The next task gets a new instance.
     Limit {
         /// The slot.
@@ -109,8 +132,43 @@ pub enum Event {
     },
 }
 
+/// One request in an access log. What the client sent is as it came: text for people must escape it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AccessRecord {
+    /// When it came, in milliseconds since 1970.
+    pub time_ms: u64,
+    /// Whose it was: the peer, or whom a trusted proxy names.
+    pub client: IpAddr,
+    /// `GET`, `POST` ...
+    pub method: String,
+    /// The request target.
+    pub target: String,
+    /// `HTTP/1.0` or `HTTP/1.1`.
+    pub protocol: String,
+    /// The status of the response; 499 when the client left before there was one.
+    pub status: u16,
+    /// How many bytes of the response's body were sent.
+    pub bytes: u64,
+    /// From the end of the request's head to the end of the response, in microseconds.
+    pub took_us: u64,
+    /// The request's id: `x-request-id`.
+    pub id: String,
+    /// The client's `traceparent`, when it sent one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
+    /// The client's `referer`, when it sent one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub referer: Option<String>,
+    /// The client's `user-agent`, when it sent one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_agent: Option<String>,
+    /// Why it was refused before it was a request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
+}
+
 /// Where a guest printed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Stream {
     /// Its standard output.

@@ -8,7 +8,8 @@
 //! | --- | --- |
 //! | run one command guest in the foreground | [`Run`] |
 //! | keep a pool of handler guests, and give it tasks | [`Cluster`] |
-//! | feed JSON lines to such a pool | [`cluster::lines`] |
+//! | serve a port with a pool of http guests or handlers | [`Cluster`], [`listen`](cluster::Builder::listen) |
+//! | feed JSON lines to a pool | [`cluster::lines`] |
 //! | say what a guest is | [`inspect`] |
 //! | compile ahead | [`compile_into`], [`compile_to`] |
 //!
@@ -18,13 +19,13 @@
 //!   main, cli, report                the command: parse, run one mode, print, exit
 //!        │
 //!   mode/                            one file or folder per mode; no mode knows another
-//!     run  compile  inspect  cluster/{dispatch, pool, lines}
+//!     run  compile  inspect  cluster/{builder; dispatch, pool, lines; server, serve}
 //!        │                    │
-//!        │        supervisor/{slot, restart}     slots of workers: start, watch, drain, replace
+//!        │        supervisor/{slot, restart, worker}     slots of workers: start, watch, drain, replace
 //!        │                    │
-//!        │        process/{wire, page, child}    one child process: frames, counters, its end
+//!        │        process/{wire, page, port, child}    one child process: frames, counters, its end
 //!        │                    ┊  (a socket pair)
-//!        │        child/{worker, compiler, pulse, output}    what such a process does
+//!        │        child/{worker, http/, compiler, pulse, output}    what such a process does
 //!        │                    │
 //!   sandbox/{guest, inspect, code, cache, engine, host/, instance, stdio}    the engine, and nothing else knows it
 //!        │
@@ -36,6 +37,11 @@
 //! instance, whose answer comes back as a frame, is checked where it leaves the sandbox, and completes the client's
 //! ticket.
 //!
+//! A request's way: the primary takes the port and hands its listener to every worker. A worker accepts when it holds no
+//! more than its share of the connections, looks at the bytes before it believes them (`child/http/framing`), and polls
+//! the guest in the connection's own task, so that a client that leaves takes its guest with it. The primary sees no
+//! request; it hears how guests ended, and sees to it that there are workers.
+//!
 //! # Invariants
 //!
 //! - Guest code runs in [`sandbox`](self) only, and no type of the engine leaves that folder. The primary of a pool
@@ -45,11 +51,13 @@
 //! - Every queue is bounded and says what happens when it is full: the input waits, a guest's `send` answers `full`,
 //!   a guest's output is dropped and counted.
 //! - Every task that was read is answered once; one that is begun twice says so.
+//! - A request is lost only with the worker that had it. Who takes over a slot accepts before its predecessor stops.
 //! - Workers do not outlive their primary, whatever ends it.
-//! - What decides is pure (`dispatch`, `slot`, `restart`, `wire`): the clock is handed in, and what to do comes out.
+//! - What decides is pure (`dispatch`, `slot`, `restart`, `wire`, `framing`): the clock is handed in, and what to do
+//!   comes out.
 //! - Modes tell what happens as [`event`]s and do not print; `report` in the command is the only code that does.
-//! - `unsafe` is in `sandbox/code.rs` (mapping machine code), `process/page.rs` (shared counters) and
-//!   `process/child.rs` (the inherited socket).
+//! - `unsafe` is in `sandbox/code.rs` (mapping machine code), `process/page.rs` (shared counters), `process/child.rs` (the
+//!   inherited socket) and `child/http/accept.rs` (the inherited listener).
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("wrun runs on Linux only: its workers are made of memfds, pidfds and seals");

@@ -90,6 +90,44 @@ impl Limits {
     }
 }
 
+/// What bounds the clients of a port. A client that goes beyond is answered and cut off, and nobody else feels it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HttpLimits {
+    /// The most bytes of a request's line and headers together. Beyond: 431. Default 64 KiB; there may be at most
+    /// [`HEADERS_MAX`] headers.
+    pub head: Bytes,
+    /// The longest request target. Beyond: 414. Default 8 KiB.
+    pub uri: Bytes,
+    /// The largest body of a request. Beyond: 413. Default 64 MiB.
+    pub body: Bytes,
+    /// How long a client may take to send the head of a request, from its first byte on. Beyond: 408. Default 10 s.
+    pub head_timeout: Duration,
+    /// How long a connection may lie idle, and how long a client may pause while its body is read. Default 30 s.
+    pub idle_timeout: Duration,
+    /// How long a client may take no byte of what is written to it. Default 30 s.
+    pub write_timeout: Duration,
+    /// The most connections of one worker; more wait in the port's queue. Default 10,000, and never more than the
+    /// worker has descriptors for.
+    pub connections: u32,
+}
+
+/// The most headers that a request may have. Beyond: 431.
+pub const HEADERS_MAX: usize = 100;
+
+impl Default for HttpLimits {
+    fn default() -> Self {
+        Self {
+            head: Bytes::kib(64),
+            uri: Bytes::kib(8),
+            body: Bytes::mib(64),
+            head_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(30),
+            write_timeout: Duration::from_secs(30),
+            connections: 10_000,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

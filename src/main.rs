@@ -6,7 +6,13 @@ mod report;
 use std::{fs, io, path::PathBuf, process::ExitCode, sync::mpsc, thread, time::Duration};
 
 use clap::Parser;
-use wrun::{CompileFlags, Error, Run, cluster::lines, limits::Bytes, outcome::Outcome};
+use wrun::{
+    CompileFlags, Error, Run, Shape,
+    cluster::{End, lines, serve},
+    event::Event,
+    limits::Bytes,
+    outcome::Outcome,
+};
 
 use crate::{
     cli::{Cli, ClusterArgs, Command, CompileArgs, RunArgs},
@@ -20,7 +26,7 @@ fn main() -> ExitCode {
     let printer = Printer { format: cli.log_format };
     let done = match cli.command {
         Command::Run(args) => run(args, printer),
-        Command::Cluster(args) => cluster(args, printer),
+        Command::Cluster(args) => cluster(*args, printer),
         Command::Inspect(args) => wrun::inspect(&args.guest).map(|found| {
             report::inspection(&found, args.json);
             0
@@ -81,13 +87,45 @@ impl OutcomeReport {
 
 fn cluster(args: ClusterArgs, printer: Printer) -> Result<u8, Error> {
     let ordered = args.ordered;
-    let (log, last_lines) = EventLog::start(printer).map_err(|source| Error::Io { what: "start a thread", source })?;
-    let end = lines::run(args.builder()?, io::stdin(), io::stdout(), ordered, move |event| log.tell(&event));
+    let access_log = args.port.access_log.clone().filter(|file| !file.as_os_str().is_empty());
+    let listen = args.port.listen;
+    let mut builder = args.builder()?;
+    let listens = match listen {
+        Some(_) => true,
+        // without an address the guest decides: one that answers requests gets a port, a handler gets lines
+        None if serve::shape(&builder)? == Some(Shape::Http) => {
+            builder = builder.listen(cli::LISTEN);
+            true
+        }
+        None => false,
+    };
+    let cannot = |source| Error::Io { what: "open the log", source };
+    let (log, last_lines) = EventLog::start(printer, None).map_err(cannot)?;
+    let (access, last_requests) = match &access_log {
+        Some(file) => {
+            EventLog::start(printer, Some(file)).map(|(log, last)| (Some(log), Some(last))).map_err(cannot)?
+        }
+        None => (None, None),
+    };
+    let end = if listens {
+        serve::run(builder, move |event| match (&event, &access) {
+            (Event::Access { .. }, Some(access)) => access.tell(&event),
+            (event, _) => {
+                if let Event::Listening { address } = event {
+                    report::result(&format!("listening on http://{address}"));
+                }
+                log.tell(event);
+            }
+        })
+    } else {
+        lines::run(builder, io::stdin(), io::stdout(), ordered, move |event| log.tell(&event))
+    };
     last_lines.wait();
+    last_requests.into_iter().for_each(report::LastLines::wait);
     Ok(match end? {
-        lines::End::Done | lines::End::Stopped { killed: false, .. } => 0,
-        lines::End::Stopped { signal, killed: true } => u8::try_from(128 + signal).unwrap_or(255),
-        lines::End::OutputClosed => 141,
+        End::Done | End::Stopped { killed: false, .. } => 0,
+        End::Stopped { signal, killed: true } => u8::try_from(128 + signal).unwrap_or(255),
+        End::OutputClosed => 141,
     })
 }
 

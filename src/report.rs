@@ -6,17 +6,18 @@
 
 use std::{
     fmt::Write as _,
+    fs,
     io::{self, Write as _},
     path::Path,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
-    time::Duration,
+    time::{Duration, UNIX_EPOCH},
 };
 
 use serde::Serialize;
 use serde_json::json;
 use wrun::{
     Error, Report,
-    event::{Event, Stream},
+    event::{AccessRecord, Event, Stream, WorkerId},
     limits::Bytes,
     outcome::{End, Outcome},
 };
@@ -116,12 +117,18 @@ pub(crate) struct LastLines(mpsc::Receiver<()>);
 
 impl EventLog {
     /// Starts the thread.
-    pub(crate) fn start(printer: Printer) -> io::Result<(Self, LastLines)> {
+    ///
+    /// It writes to standard error, or to the end of a file.
+    ///
+    /// # Errors
+    /// When there is no room for another thread, or the file cannot be opened.
+    pub(crate) fn start(printer: Printer, file: Option<&Path>) -> io::Result<(Self, LastLines)> {
+        let file = file.map(|file| fs::File::options().append(true).create(true).open(file)).transpose()?;
         let shared = Arc::<(Mutex<Waiting>, Condvar)>::default();
         let (done, last) = mpsc::channel();
         let theirs = shared.clone();
         std::thread::Builder::new().name("wrun-log".into()).spawn(move || {
-            Self::write_all(&theirs);
+            Self::write_all(&theirs, file);
             let _ = done.send(());
         })?;
         Ok((Self { shared, printer }, LastLines(last)))
@@ -145,7 +152,7 @@ impl EventLog {
         self.shared.1.notify_one();
     }
 
-    fn write_all((waiting, news): &(Mutex<Waiting>, Condvar)) {
+    fn write_all((waiting, news): &(Mutex<Waiting>, Condvar), mut file: Option<fs::File>) {
         loop {
             let mut waiting = lock(waiting);
             while waiting.text.is_empty() && !waiting.closed {
@@ -156,7 +163,11 @@ impl EventLog {
             }
             let text = std::mem::take(&mut waiting.text);
             drop(waiting);
-            print_error(&text);
+            match &mut file {
+                None => print_error(&text),
+                // a full disk: what does not fit is lost, and the pool goes on
+                Some(file) => drop(file.write_all(text.as_bytes())),
+            }
         }
     }
 }
@@ -195,6 +206,13 @@ fn event_line(event: &Event) -> String {
             return format!("[{worker}] {mark} {}\n", Clean(line));
         }
         Event::Drop { worker, bytes } => format!("worker {worker}: printed too much, {bytes} bytes dropped"),
+        Event::Access { worker, record } => return access_line(*worker, record),
+        Event::Reload { took_ms, error: None } => format!("reloaded: all workers are new after {took_ms} ms"),
+        Event::Reload { error: Some(error), .. } => {
+            format!("the reload was given up, and the old workers go on: {}", Clean(error))
+        }
+        // the line on standard output says it
+        Event::Listening { .. } => return String::new(),
         Event::Disconnect { worker } => format!("worker {worker}: draining"),
         Event::Exit { worker, tasks, outcome, .. } => {
             let why = if outcome.voluntary { ", as asked" } else { "" };
@@ -213,6 +231,34 @@ fn event_line(event: &Event) -> String {
         other => format!("{other:?}"),
     };
     format!("wrun: {line}\n")
+}
+
+/// A request as one line, in the order of the common log format, with the time in UTC as RFC 3339:
+/// `CLIENT - - [TIME] "METHOD TARGET PROTOCOL" STATUS BYTES "REFERER" "USER AGENT" MICROSECONDSus ID WORKER TRACEPARENT`, and `"WHY"` when it
+/// was refused before it was a request.
+fn access_line(worker: WorkerId, record: &AccessRecord) -> String {
+    let or_none = |text: &Option<String>| text.as_deref().map_or_else(|| "-".into(), quoted);
+    let time = humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_millis(record.time_ms));
+    let refused = record.refused.as_deref().map_or_else(String::new, |why| format!(" \"{}\"", quoted(why)));
+    format!(
+        "{} - - [{time}] \"{} {} {}\" {} {} \"{}\" \"{}\" {}us {} {worker} {}{refused}\n",
+        record.client,
+        quoted(&record.method),
+        quoted(&record.target),
+        quoted(&record.protocol),
+        record.status,
+        record.bytes,
+        or_none(&record.referer),
+        or_none(&record.user_agent),
+        record.took_us,
+        quoted(&record.id),
+        or_none(&record.traceparent),
+    )
+}
+
+/// Text that stands between quotes: it can neither end them nor the line.
+fn quoted(text: &str) -> String {
+    Clean(&text.replace('\\', "\\\\").replace('"', "\\\"")).to_string()
 }
 
 /// What a guest is.

@@ -5,15 +5,18 @@
 use std::{
     collections::BTreeSet,
     fs,
+    io::{self, Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     sync::OnceLock,
+    time::{Duration, Instant},
 };
 
-use guest_artifacts::{ECHO, HELLO, HOSTILE, WHOAMI};
+use guest_artifacts::{CRASH_AT_START, ECHO, HELLO, HELLO_HTTP, HOSTILE, SLOW, WHOAMI};
 use wrun::{
     Cache, Cluster, Error,
-    cluster::{Answer, Builder},
+    cluster::{Answer, Builder, Interrupt},
     event::Event,
     message::Message,
     outcome::{End, Stage},
@@ -30,6 +33,36 @@ fn cache() -> Cache {
 
 fn pool(guest: &str) -> Builder {
     Cluster::builder(guest).program(WRUN).cache(cache()).workers(2)
+}
+
+/// The same behind a port that is free.
+fn port(guest: impl Into<PathBuf>) -> Builder {
+    let any = SocketAddr::from(([127, 0, 0, 1], 0));
+    Cluster::builder(guest).program(WRUN).cache(cache()).workers(2).listen(any)
+}
+
+/// Sends a `GET` on a connection of its own.
+fn send(address: SocketAddr, path: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").as_bytes()).unwrap();
+    stream
+}
+
+/// The whole response.
+fn get(address: SocketAddr, path: &str) -> String {
+    let mut response = String::new();
+    send(address, path).read_to_string(&mut response).unwrap();
+    response
+}
+
+/// Waits until a port is free. The children of other tests of this process may have it, from their fork to their exec.
+fn eventually(mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !holds() {
+        assert!(Instant::now() < deadline);
+        std::thread::yield_now();
+    }
 }
 
 fn message(text: &str) -> Message {
@@ -151,11 +184,18 @@ fn two_hundred_starts_and_stops_leave_nothing() {
             cluster.shutdown().await.unwrap();
         });
     };
+    let cycle_of_a_port = || {
+        block_on(async {
+            let cluster = port(HELLO_HTTP).start().await.unwrap();
+            cluster.reload().await.unwrap();
+            cluster.shutdown().await.unwrap();
+        });
+    };
     cycle();
+    cycle_of_a_port();
     let (files, threads) = (count("/proc/self/fd"), count("/proc/self/task"));
-    for _ in 0..200 {
-        cycle();
-    }
+    (0..200).for_each(|_| cycle());
+    (0..50).for_each(|_| cycle_of_a_port());
     assert_eq!(count("/proc/self/fd"), files);
     assert_eq!(count("/proc/self/task"), threads);
     assert_eq!(children(), BTreeSet::new());
@@ -182,14 +222,14 @@ fn workers_that_lie_are_refused_by_name() {
         pool(ECHO).start().await.unwrap().shutdown().await.unwrap();
         let folder = tempfile::tempdir().unwrap();
         for (bytes, reason) in [
-            (frame(u32::MAX, 5, 1, b""), "a frame of 4294967295 bytes came, at most 1179648 are taken"),
-            (frame((1 << 20) + (128 << 10) + 1, 5, 1, b""), "a frame of 1179649 bytes came, at most 1179648 are taken"),
+            (frame(u32::MAX, 5, 1, b""), "a frame of 4294967295 bytes came, at most 1310720 are taken"),
+            (frame((1 << 20) + (256 << 10) + 1, 5, 1, b""), "a frame of 1310721 bytes came, at most 1310720 are taken"),
             (frame(0, 99, 1, b""), "a frame of unknown kind 99 came"),
             (frame(1, 5, 7, b"1"), "it answered task 7, which it does not have"),
             (frame(2, 8, 1, b"{}"), "it sent a broken outcome: missing field"),
             (frame(4, 9, 0, b"nope"), "it sent a broken message: not JSON: expected ident"),
             (frame(0, 4, 1, b""), "it sent Task, which only a primary may"),
-            (b"HTTP/1.1 200 OK\r\n\r\n".to_vec(), "a frame of 1347703880 bytes came, at most 1179648 are taken"),
+            (b"HTTP/1.1 200 OK\r\n\r\n".to_vec(), "a frame of 1347703880 bytes came, at most 1310720 are taken"),
         ] {
             let liar = liar(folder.path(), &bytes);
             let error = pool(ECHO).workers(1).program(liar).start().await.unwrap_err();
@@ -232,5 +272,135 @@ fn events_tell_a_whole_life() {
         let expected =
             ["limit", "exit, voluntary false", "restart", "fork 2", "online", "disconnect", "exit, voluntary true"];
         assert_eq!(names, expected);
+    });
+}
+
+#[test]
+fn a_port_is_served_and_each_request_is_told() {
+    block_on(async {
+        let cluster = port(HELLO_HTTP).access_log(true).start().await.unwrap();
+        let address = cluster.address().unwrap();
+        let mut events = cluster.events();
+        let response = get(address, "/a?b=c");
+        assert!(response.starts_with("HTTP/1.1 200 OK\r\n") && response.contains("\"generation\":1"), "{response}");
+        let record = loop {
+            if let Event::Access { record, .. } = events.recv().await.unwrap() {
+                break record;
+            }
+        };
+        assert_eq!((&*record.method, &*record.target, record.status), ("GET", "/a?b=c", 200));
+        assert_eq!(record.client, address.ip());
+        cluster.shutdown().await.unwrap();
+        eventually(|| TcpStream::connect(address).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused));
+    });
+}
+
+#[test]
+fn a_port_is_reloaded() {
+    block_on(async {
+        let cluster = port(HELLO_HTTP).start().await.unwrap();
+        let address = cluster.address().unwrap();
+        cluster.reload().await.unwrap();
+        // the old ones may still be about to hear of it
+        let mut answers = (0..1000).map(|_| get(address, "/"));
+        assert!(answers.any(|answer| answer.contains("\"generation\":2")));
+        // the second begins after the first, and the third with it
+        let mut events = cluster.events();
+        let (first, second, third) = tokio::join!(cluster.reload(), cluster.reload(), cluster.reload());
+        assert!(first.is_ok() && second.is_ok() && third.is_ok());
+        cluster.shutdown().await.unwrap();
+        let mut reloads = vec![];
+        while let Ok(event) = events.recv().await {
+            if let Event::Reload { error, .. } = event {
+                reloads.push(error);
+            }
+        }
+        assert_eq!(reloads, [None, None]);
+    });
+}
+
+#[test]
+fn a_reload_that_fails_says_why_and_changes_nothing() {
+    block_on(async {
+        let folder = tempfile::tempdir().unwrap();
+        let guest = folder.path().join("app.wasm");
+        let install = |from: &str| fs::copy(from, &guest).unwrap();
+        install(HELLO_HTTP);
+        let cluster = port(&guest).start().await.unwrap();
+        let address = cluster.address().unwrap();
+        fs::write(&guest, "no guest").unwrap();
+        assert!(matches!(cluster.reload().await.unwrap_err(), Error::Load(_)));
+        let all = tokio::join!(cluster.reload(), cluster.reload(), cluster.reload());
+        assert!(all.0.is_err() && all.1.is_err() && all.2.is_err(), "{all:?}");
+        install(CRASH_AT_START);
+        let error = cluster.reload().await.unwrap_err();
+        assert!(matches!(&error, Error::Reload(reason) if reason.contains("trapped")), "{error}");
+        fs::remove_file(&guest).unwrap();
+        let error = cluster.reload().await.unwrap_err();
+        assert!(matches!(error, Error::Load(wrun::LoadError::NotFound { .. })), "{error}");
+        for _ in 0..20 {
+            assert!(get(address, "/").contains("\"generation\":1"));
+        }
+        install(HELLO_HTTP);
+        cluster.reload().await.unwrap();
+        cluster.shutdown().await.unwrap();
+    });
+}
+
+#[test]
+fn a_shutdown_of_a_port_finishes_the_requests_that_are_begun() {
+    block_on(async {
+        let cluster = port(SLOW).start().await.unwrap();
+        let mut stream = send(cluster.address().unwrap(), "/late?ms=700");
+        let mut begun = vec![0; 12];
+        stream.read_exact(&mut begun).unwrap();
+        assert_eq!(begun, b"HTTP/1.1 200");
+        cluster.shutdown().await.unwrap();
+        let mut rest = String::new();
+        stream.read_to_string(&mut rest).unwrap();
+        assert!(rest.ends_with("early\n\r\n0\r\n\r\n"), "{rest}");
+    });
+}
+
+#[test]
+fn a_dropped_port_is_free_at_once_whatever_is_under_way() {
+    block_on(async {
+        let cluster = port(SLOW).grace(Duration::from_hours(1)).start().await.unwrap();
+        let address = cluster.address().unwrap();
+        let mut stream = send(address, "/late");
+        stream.read_exact(&mut [0; 12]).unwrap();
+        drop(cluster);
+        eventually(|| TcpListener::bind(address).is_ok());
+        let mut rest = vec![];
+        // whether the end is a clean one is the kernel's choice
+        let _ = stream.read_to_end(&mut rest);
+        assert!(!rest.ends_with(b"0\r\n\r\n"));
+    });
+}
+
+#[test]
+fn what_a_port_has_not_is_refused() {
+    block_on(async {
+        let served = port(HELLO_HTTP).start().await.unwrap();
+        let error = served.request(Message::null()).await.unwrap_err();
+        assert!(matches!(&error, Error::Usage(text) if text.contains("serves a port")), "{error}");
+        let taken = served.address().unwrap();
+        let error = port(HELLO_HTTP).listen(taken).start().await.unwrap_err();
+        assert!(matches!(&error, Error::Listen { address, .. } if *address == taken), "{error}");
+        assert_eq!(error.exit_code() as u8, 98);
+        let tasks = pool(ECHO).start().await.unwrap();
+        assert_eq!(tasks.address(), None);
+        let error = tasks.reload().await.unwrap_err();
+        assert!(matches!(&error, Error::Usage(text) if text.contains("serves a port")), "{error}");
+        assert!(matches!(tasks.request(message("1")).await.unwrap(), Answer::Reply(_)), "and it goes on");
+        for (builder, reason) in [
+            (port(HELLO_HTTP).interrupt(Interrupt::Kill), "`kill` would end all the connections"),
+            (port(ECHO).probe("/"), "a handler has no path"),
+            (port(HELLO), "expected an http guest, found a command guest"),
+            (pool(HELLO_HTTP), "expected a handler guest, found an http guest"),
+        ] {
+            let error = builder.start().await.unwrap_err();
+            assert!(error.to_string().contains(reason), "{error}");
+        }
     });
 }

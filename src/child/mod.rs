@@ -1,13 +1,18 @@
 //! What a child process does: the other end of [`process`](crate::process), with the sandbox in it.
 
 mod compiler;
+mod http;
 mod output;
 mod pulse;
 mod worker;
 
 use crate::process::{Role, child};
 
-pub(crate) use self::{compiler::compile_aside, worker::WorkerConfig};
+pub(crate) use self::{
+    compiler::{compile_aside, find_compiled, inspect_aside},
+    http::ListenConfig,
+    worker::WorkerConfig,
+};
 
 /// If this process was started as a child of another one (a worker, a compiler), becomes that and never returns.
 ///

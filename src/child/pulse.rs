@@ -1,10 +1,10 @@
 //! The thread beside a worker's guest, for all that must not wait for it: the heartbeat, replies that lie ready while
-//! the next task computes, the epoch clock, and an eye on the primary.
+//! the next task computes, the epoch clock, an eye on the primary, and one on guests that never come back from the host.
 
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     thread::Thread,
     time::{Duration, Instant},
@@ -12,7 +12,8 @@ use std::{
 
 use super::output::Lines;
 use crate::{
-    process::{Page, child::Out},
+    outcome::{End, Stage, Usage},
+    process::{Page, child::Out, wire::Kind},
     sandbox::Ticker,
 };
 
@@ -24,6 +25,10 @@ const LINGER: Duration = Duration::from_millis(20);
 
 /// How often a guest with epoch checks gives way.
 const TICK: Duration = Duration::from_millis(10);
+
+/// How long a guest may stay in one call of the host when others wait for its thread. Its own code gives way at every
+/// tick, and what the host waits for is waited for aside.
+const STUCK: Duration = Duration::from_secs(5);
 
 /// A handle to the thread.
 #[derive(Clone)]
@@ -38,14 +43,26 @@ struct Shared {
     touched: AtomicBool,
     /// How many tasks need the epoch clock.
     timed: AtomicU32,
+    /// Goes up when a guest that shares its thread is entered, and when it is left.
+    entries: AtomicU64,
 }
 
 /// While there is one, the epoch clock runs.
-pub(super) struct Timed<'a>(&'a Shared);
+pub(super) struct Timed(Arc<Shared>);
 
-impl Drop for Timed<'_> {
+impl Drop for Timed {
     fn drop(&mut self) {
         self.0.timed.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Timed {
+    /// Lets a guest run on this thread until it gives way. The worker ends when that takes too long.
+    pub(super) fn enter<T>(&self, run: impl FnOnce() -> T) -> T {
+        self.0.entries.fetch_add(1, Ordering::Relaxed);
+        let result = run();
+        self.0.entries.fetch_add(1, Ordering::Relaxed);
+        result
     }
 }
 
@@ -70,6 +87,17 @@ impl Pulse {
     /// There is work that it must look after for the next moments.
     pub(super) fn touch(&self) {
         self.shared.touched.store(true, Ordering::Relaxed);
+        self.wake();
+    }
+
+    /// A task begins that the epoch clock must end in time.
+    pub(super) fn time(&self) -> Timed {
+        self.shared.timed.fetch_add(1, Ordering::AcqRel);
+        self.wake();
+        Timed(self.shared.clone())
+    }
+
+    fn wake(&self) {
         // the exchange is there so that one wake-up is paid per sleep, not per call
         if self.shared.asleep.swap(false, Ordering::AcqRel) {
             self.thread.unpark();
@@ -77,18 +105,10 @@ impl Pulse {
     }
 }
 
-impl Pulse {
-    /// A task begins that the epoch clock must end in time.
-    pub(super) fn time(&self) -> Timed<'_> {
-        self.shared.timed.fetch_add(1, Ordering::Relaxed);
-        self.touch();
-        Timed(&self.shared)
-    }
-}
-
 impl Shared {
     fn run(&self, page: &Page, out: &Out, lines: &Lines, ticker: Option<&Ticker>, beat: Duration) {
         let (mut last_beat, mut last_tick, mut busy_until) = (None::<Instant>, Instant::now(), Instant::now());
+        let mut entered = (0, Instant::now());
         loop {
             let now = Instant::now();
             if last_beat.is_none_or(|at| now.duration_since(at) >= beat) {
@@ -98,6 +118,12 @@ impl Shared {
                 // the parent-death signal should have come first; this is for the kernel that sends none
                 if out.is_cut() {
                     std::process::exit(125);
+                }
+                let entries = self.entries.load(Ordering::Relaxed);
+                if entries != entered.0 {
+                    entered = (entries, now);
+                } else if entries % 2 == 1 && now.duration_since(entered.1) >= STUCK {
+                    end_stuck(out);
                 }
             }
             if let Some(ticker) = ticker
@@ -116,12 +142,22 @@ impl Shared {
             } else if self.timed.load(Ordering::Relaxed) > 0 {
                 std::thread::sleep(TICK);
             } else {
-                self.asleep.store(true, Ordering::Release);
-                if !self.touched.load(Ordering::Acquire) {
+                self.asleep.store(true, Ordering::SeqCst);
+                if !self.touched.load(Ordering::SeqCst) && self.timed.load(Ordering::SeqCst) == 0 {
                     std::thread::park_timeout(beat);
                 }
                 self.asleep.store(false, Ordering::Release);
             }
         }
     }
+}
+
+/// Ends a worker whose guest is stuck in the host; nothing inside of the process could end that call.
+#[expect(clippy::exit, reason = "the thread that would return is stuck")]
+fn end_stuck(out: &Out) {
+    let reason = format!("its guest was stuck in the host for {STUCK:?}");
+    let outcome = End::Failed { stage: Stage::Hung, reason, hint: None }.with(Usage::default());
+    out.push(Kind::Ended, 0, &serde_json::to_vec(&outcome).expect("plain data has a JSON form"));
+    out.finish();
+    std::process::exit(outcome.end.exit_code().into());
 }

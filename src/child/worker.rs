@@ -13,10 +13,15 @@ use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncReadExt, Interest},
     net::UnixStream,
-    task::{JoinSet, LocalSet},
+    runtime::{LocalOptions, LocalRuntime},
+    task::JoinSet,
 };
 
-use super::{output::Lines, pulse::Pulse};
+use super::{
+    http::{self, ListenConfig, Port},
+    output::Lines,
+    pulse::Pulse,
+};
 use crate::{
     grant::Grants,
     limits::Limits,
@@ -48,12 +53,14 @@ pub(crate) struct WorkerConfig {
     pub(crate) identity: Identity,
     /// What `worker.get-data` answers.
     pub(crate) data: Message,
-    /// Whether every task gets a fresh instance.
-    pub(crate) fresh: bool,
+    /// How many tasks or requests an instance is used for; 1 is a fresh one for each.
+    pub(crate) reuse: u64,
     /// How many tasks it handles at once.
     pub(crate) concurrency: u32,
     /// How often it gives a sign of life.
     pub(crate) beat: Duration,
+    /// How it serves a port; none when tasks come from the primary.
+    pub(crate) listen: Option<ListenConfig>,
 }
 
 /// Bytes that may wait to be written before the next task is begun.
@@ -78,7 +85,7 @@ pub(super) fn main(start: Start) -> i32 {
         i32::from(outcome.end.exit_code())
     };
     match Worker::new(start, out.clone()) {
-        Ok((worker, socket, incoming)) => match worker.run(socket, incoming) {
+        Ok((worker, work, socket, incoming)) => match worker.run(work, socket, incoming) {
             Ok(outcome) => ended(&outcome),
             // the primary is gone
             Err(_) => 125,
@@ -88,22 +95,31 @@ pub(super) fn main(start: Start) -> i32 {
 }
 
 /// One worker: a sandbox, and what goes around it.
-struct Worker {
-    sandbox: Sandbox,
-    setup: Arc<Setup>,
-    fresh: bool,
-    concurrency: usize,
+pub(super) struct Worker {
+    pub(super) sandbox: Sandbox,
+    pub(super) setup: Arc<Setup>,
+    pub(super) shape: Shape,
+    reuse: u64,
+    pub(super) concurrency: usize,
     /// The time limit, when it is enforced here.
-    timeout: Option<Duration>,
-    page: Arc<Page>,
-    out: Arc<Out>,
-    lines: Arc<Lines>,
-    pulse: Pulse,
+    pub(super) timeout: Option<Duration>,
+    pub(super) page: Arc<Page>,
+    pub(super) out: Arc<Out>,
+    pub(super) lines: Arc<Lines>,
+    pub(super) pulse: Pulse,
     started: Instant,
     /// Instances that wait for a task.
     idle: RefCell<Vec<Instance>>,
     /// How the guest ended the whole worker.
     ended: RefCell<Option<Outcome>>,
+}
+
+/// Where a worker's work comes from.
+enum Work {
+    /// From the primary.
+    Tasks,
+    /// From a port.
+    Port(Port),
 }
 
 /// What a worker has to do next.
@@ -129,7 +145,7 @@ impl Outbox for Mailbox {
 }
 
 impl Worker {
-    fn new(start: Start, out: Arc<Out>) -> Result<(Self, StdStream, Incoming), LoadError> {
+    fn new(start: Start, out: Arc<Out>) -> Result<(Self, Work, StdStream, Incoming), LoadError> {
         let broken = |reason: String| LoadError::Invalid { reason };
         let config: WorkerConfig =
             serde_json::from_str(start.hello.config.get()).map_err(|error| broken(error.to_string()))?;
@@ -138,9 +154,21 @@ impl Worker {
             return Err(broken("the worker got no code".into()));
         };
         let page = Arc::new(Page::map(page).map_err(|error| broken(error.to_string()))?);
+        let work = match config.listen {
+            None => Work::Tasks,
+            Some(listen) => {
+                let (Some(board), Some(listener)) = (fds.next(), fds.next()) else {
+                    return Err(broken("the worker got no port".into()));
+                };
+                let Identity { id, generation, count, .. } = config.identity;
+                let port = Port::new(listen, board, listener, (id, generation, count));
+                Work::Port(port.map_err(|error| broken(error.to_string()))?)
+            }
+        };
+        let shape = config.inspection.shape.filter(|_| matches!(work, Work::Port(_))).unwrap_or(Shape::Handler);
         let code = Code::checked(code.into(), config.inspection);
         let engine = config.engine.engine().map_err(|error| broken(format!("{error:#}")))?;
-        let sandbox = Sandbox::load(engine, &code, Shape::Handler)?;
+        let sandbox = Sandbox::load(engine, &code, shape)?;
         let lines = Arc::new(Lines::new(out.clone()));
         let epoch = config.engine.epoch_checks;
         let pulse =
@@ -153,13 +181,15 @@ impl Worker {
             data: config.data,
             stdio: Stdio::Sink(lines.clone()),
             outbox: Some(Arc::new(Mailbox(out.clone()))),
+            shares_thread: config.concurrency > 1 || matches!(work, Work::Port(_)),
             limits: config.limits,
         });
         let worker = Self {
             timeout: setup.limits.timeout.filter(|_| epoch),
             sandbox,
             setup,
-            fresh: config.fresh,
+            shape,
+            reuse: config.reuse,
             concurrency: config.concurrency as usize,
             page,
             out,
@@ -169,40 +199,49 @@ impl Worker {
             idle: RefCell::default(),
             ended: RefCell::default(),
         };
-        Ok((worker, start.socket, start.incoming))
+        Ok((worker, work, start.socket, start.incoming))
     }
 
     /// Works until it is drained, or the guest ends it.
-    fn run(self, socket: StdStream, incoming: Incoming) -> io::Result<Outcome> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    fn run(self, work: Work, socket: StdStream, incoming: Incoming) -> io::Result<Outcome> {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime.enable_all().build_local(LocalOptions::default())?;
         let worker = Rc::new(self);
-        let outcome = match runtime.block_on(worker.get_ready()) {
-            Err(outcome) => Ok(outcome),
-            Ok(()) if worker.concurrency == 1 => worker.serve_in_turn(&runtime, &socket, incoming),
-            Ok(()) => LocalSet::new().block_on(&runtime, worker.serve_at_once(socket, incoming)),
+        let outcome = match work {
+            Work::Port(port) => runtime.block_on(http::serve(worker, port, socket, incoming)),
+            Work::Tasks => match runtime.block_on(worker.get_ready()) {
+                Err(outcome) => Ok(outcome),
+                Ok(()) if worker.concurrency == 1 => worker.serve_in_turn(&runtime, &socket, incoming),
+                Ok(()) => runtime.block_on(worker.serve_at_once(socket, incoming)),
+            },
         };
         runtime.shutdown_background();
         outcome
     }
 
     /// Makes the first instance before the worker is ready: a guest that cannot start is never given a task.
-    async fn get_ready(&self) -> Result<(), Outcome> {
+    pub(super) async fn make_first(&self) -> Result<(), Outcome> {
         let first = self.sandbox.start(&self.setup).await;
         self.lines.settle();
         self.idle.borrow_mut().push(first?);
+        Ok(())
+    }
+
+    /// Tells the primary that it is ready.
+    pub(super) fn say_ready(&self) {
         self.out.push(Kind::Ready, 0, b"");
         self.out.finish();
+    }
+
+    async fn get_ready(&self) -> Result<(), Outcome> {
+        self.make_first().await?;
+        self.say_ready();
         Ok(())
     }
 
     /// One task after the other, with plain blocking reads in between: a wake-up by those is cheaper than one through
     /// the runtime, and often on the core that the primary has just left.
-    fn serve_in_turn(
-        &self,
-        runtime: &tokio::runtime::Runtime,
-        socket: &StdStream,
-        mut incoming: Incoming,
-    ) -> io::Result<Outcome> {
+    fn serve_in_turn(&self, runtime: &LocalRuntime, socket: &StdStream, mut incoming: Incoming) -> io::Result<Outcome> {
         loop {
             let ended = runtime.block_on(async {
                 loop {
@@ -300,7 +339,7 @@ impl Worker {
     }
 
     /// How the worker ends when it was asked to.
-    fn drained(&self) -> Outcome {
+    pub(super) fn drained(&self) -> Outcome {
         let usage = Usage { cpu_ms: Some(cpu_ms()), ..Usage::wall(self.started.elapsed()) };
         self.ended.take().unwrap_or_else(|| End::Exited { code: 0 }.with(usage))
     }
@@ -309,7 +348,7 @@ impl Worker {
     async fn handle(&self, id: u64, message: String) {
         let begun = Instant::now();
         self.page.begin(id);
-        let idle = self.idle.borrow_mut().pop();
+        let idle = self.take_idle();
         let result = match self.timeout {
             None => self.attempt(idle, message).await,
             Some(timeout) => {
@@ -351,19 +390,35 @@ impl Worker {
     }
 
     /// Hands the message to an instance, which is kept for the next one when it may be.
-    async fn attempt(&self, idle: Option<Instance>, message: String) -> Result<Answer, Outcome> {
-        let mut instance = match idle {
-            Some(instance) => instance,
-            None => self.sandbox.start(&self.setup).await?,
-        };
+    pub(super) async fn attempt(&self, idle: Option<Instance>, message: String) -> Result<Answer, Outcome> {
+        let mut instance = self.started(idle).await?;
         let answer = instance.handle(message).await?;
-        if !self.fresh {
-            self.idle.borrow_mut().push(instance);
-        }
+        self.keep(instance);
         Ok(answer)
     }
 
-    fn say_ended(&self, id: u64, outcome: &Outcome) {
+    /// An instance that waits for work.
+    pub(super) fn take_idle(&self) -> Option<Instance> {
+        self.idle.borrow_mut().pop()
+    }
+
+    /// That instance, or a new one.
+    pub(super) async fn started(&self, idle: Option<Instance>) -> Result<Instance, Outcome> {
+        match idle {
+            Some(instance) => Ok(instance),
+            None => self.sandbox.start(&self.setup).await,
+        }
+    }
+
+    /// Keeps an instance that did its work well for the next, when it may be used again.
+    pub(super) fn keep(&self, instance: Instance) {
+        if instance.uses() < self.reuse {
+            self.idle.borrow_mut().push(instance);
+        }
+    }
+
+    /// Tells the primary how a task or request ended its instance.
+    pub(super) fn say_ended(&self, id: u64, outcome: &Outcome) {
         self.out.push(Kind::TaskEnded, id, &serde_json::to_vec(outcome).expect("plain data has a JSON form"));
     }
 }

@@ -133,6 +133,7 @@ impl Run {
             args: std::iter::once(name).chain(self.args).collect(),
             stdio: Stdio::Inherit,
             outbox: None,
+            shares_thread: false,
         });
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

@@ -9,6 +9,7 @@
 
 pub(crate) mod child;
 mod page;
+pub(crate) mod port;
 pub(crate) mod wire;
 
 use std::{
@@ -32,7 +33,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use tokio::{io::AsyncReadExt, net::UnixStream, process::Child};
 
-pub(crate) use self::page::Page;
+pub(crate) use self::page::{Board, Page};
 use self::wire::{Frame, Incoming, Kind, Outgoing, VERSION, WireError};
 use crate::outcome::End;
 

@@ -43,10 +43,19 @@ pub(crate) enum Kind {
     Stderr = 11,
     /// To the primary: the id is how many bytes of the guest's output were dropped.
     Dropped = 12,
-    /// To the worker: there will be no more tasks; end when those at hand are done.
+    /// To the worker: there will be no more tasks; end when those at hand are done. The id is for how many milliseconds
+    /// connections without a request may still bring one.
     Drain = 13,
     /// To the primary: the worker's own code is at fault; the body says where.
     Panic = 14,
+    /// To the worker: it is its slot's; a port may be served from now on.
+    Open = 15,
+    /// To the primary: the worker has done as much as it should and wants a successor; it goes on until it is drained.
+    Recycle = 16,
+    /// To the primary: a request was answered; the body is its record, the id how many before it were dropped.
+    Access = 17,
+    /// To the primary: something is wrong that ends nothing; the body says what.
+    Warning = 18,
 }
 
 impl Kind {
@@ -66,6 +75,10 @@ impl Kind {
             12 => Self::Dropped,
             13 => Self::Drain,
             14 => Self::Panic,
+            15 => Self::Open,
+            16 => Self::Recycle,
+            17 => Self::Access,
+            18 => Self::Warning,
             _ => return None,
         })
     }
@@ -223,12 +236,12 @@ mod tests {
 
     #[test]
     fn an_unknown_kind_is_refused() {
-        for kind in [0, 15, 255] {
+        for kind in [0, 19, 255] {
             let mut incoming = Incoming::new(100);
             incoming.space().extend_from_slice(&[0, 0, 0, 0, kind, 0, 0, 0, 0, 0, 0, 0, 0]);
             assert_eq!(incoming.next(), Err(WireError::UnknownKind { kind }));
         }
-        for kind in 1..=14 {
+        for kind in 1..=18 {
             assert_eq!(Kind::from_byte(kind).map(|kind| kind as u8), Some(kind));
         }
     }

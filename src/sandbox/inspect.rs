@@ -58,8 +58,8 @@ impl Shape {
     pub fn modes(self, form: Form) -> &'static [&'static str] {
         match (self, form) {
             (Self::Command, _) => &["run"],
-            (Self::Handler, Form::Component) => &["cluster"],
-            (Self::Handler, Form::Module) | (Self::Http, _) => &[],
+            (Self::Handler | Self::Http, Form::Component) => &["cluster"],
+            (Self::Handler | Self::Http, Form::Module) => &[],
         }
     }
 }
@@ -172,7 +172,7 @@ pub(crate) fn offered(form: Form, import: &str) -> bool {
     match form {
         Form::Module => import.starts_with("wasi_snapshot_preview1::"),
         Form::Component => import.split_once('@').is_some_and(|(interface, version)| {
-            let wasi = ["cli", "clocks", "filesystem", "io", "random", "sockets"];
+            let wasi = ["cli", "clocks", "filesystem", "http", "io", "random", "sockets"];
             let package = interface.split_once('/').map_or(interface, |(package, _)| package);
             match package.split_once(':') {
                 Some(("wasi", name)) => wasi.contains(&name) && version.starts_with("0.2."),
@@ -186,7 +186,7 @@ pub(crate) fn offered(form: Form, import: &str) -> bool {
 /// What to do about an import that wrun does not offer.
 pub(crate) fn import_hint(import: &str) -> &'static str {
     let known: &[(&str, &str)] = &[
-        ("wasi:http/", "outbound HTTP is not offered; build the guest without it"),
+        ("wasi:http/", "wrun offers wasi:http 0.2; build the guest for that"),
         ("wasi:sockets/", "build the guest for WASI 0.2.x; sockets of other versions are not offered"),
         (
             "wasi::thread-spawn",
@@ -235,7 +235,8 @@ mod tests {
         for (form, import, expected) in [
             (Form::Component, "wasi:cli/environment@0.2.9", true),
             (Form::Component, "wasi:cli/environment@0.3.0", false),
-            (Form::Component, "wasi:http/types@0.2.0", false),
+            (Form::Component, "wasi:http/types@0.2.0", true),
+            (Form::Component, "wasi:http/handler@0.3.0", false),
             (Form::Component, "wrun:guest/worker@0.1.0", true),
             (Form::Component, "host", false),
             (Form::Module, "wasi_snapshot_preview1::fd_write", true),

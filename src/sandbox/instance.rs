@@ -2,6 +2,8 @@
 
 use std::{sync::Arc, time::Instant};
 
+use bytes::Bytes;
+use hyper::{Request, body::Body};
 use rustix::{
     process::Signal,
     time::{ClockId, clock_gettime},
@@ -11,6 +13,7 @@ use wasmtime::{
     component::{Linker, ResourceTable},
 };
 use wasmtime_wasi::{FsPerms, I32Exit, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView, p1::WasiP1Ctx};
+use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView, p2::bindings::Proxy};
 
 use crate::{
     grant::{GrantError, Grants},
@@ -19,7 +22,10 @@ use crate::{
     outcome::{End, LimitKind, Outcome, Stage, Usage, millis},
     sandbox::{
         Form, Identity, LoadError, Outbox, Program, Stdio, guest,
-        host::bindings::{HandlerGuest, wrun::guest as wit},
+        host::{
+            BodyError, NoOutbound, Respond, Scheme,
+            bindings::{HandlerGuest, wrun::guest as wit},
+        },
         stdio::{Output, ReaderGone},
     },
 };
@@ -41,6 +47,8 @@ pub(crate) struct Setup {
     pub(crate) stdio: Stdio,
     /// Where its messages go; none = nobody receives.
     pub(crate) outbox: Option<Arc<dyn Outbox>>,
+    /// Whether others wait for the thread that it runs on: then what blocks is done on another one.
+    pub(crate) shares_thread: bool,
 }
 
 /// What the host keeps for one instance.
@@ -51,8 +59,15 @@ pub(crate) struct State {
 }
 
 enum Wasi {
-    Component(Box<(WasiCtx, ResourceTable)>),
+    Component(Box<ComponentCtx>),
     Module(Box<WasiP1Ctx>),
+}
+
+struct ComponentCtx {
+    wasi: WasiCtx,
+    table: ResourceTable,
+    http: WasiHttpCtx,
+    outbound: NoOutbound,
 }
 
 /// A started guest.
@@ -60,10 +75,12 @@ pub(crate) struct Instance {
     store: Store<State>,
     entry: Entry,
     started: Instant,
+    uses: u64,
 }
 
 enum Entry {
     Handler(HandlerGuest),
+    Http(Proxy),
     Command(wasmtime_wasi::p2::bindings::Command),
     Module(wasmtime::TypedFunc<(), ()>),
 }
@@ -120,15 +137,29 @@ impl ResourceLimiter for Limiter {
 impl WasiView for State {
     fn ctx(&mut self) -> WasiCtxView<'_> {
         match &mut self.wasi {
-            Wasi::Component(both) => WasiCtxView { ctx: &mut both.0, table: &mut both.1 },
+            Wasi::Component(ctx) => WasiCtxView { ctx: &mut ctx.wasi, table: &mut ctx.table },
             Wasi::Module(_) => unreachable!("core modules are linked to preview 1 only"),
         }
     }
 }
 
-/// Links what components may import.
-pub(super) fn link_component(linker: &mut Linker<State>) -> wasmtime::Result<()> {
+impl WasiHttpView for State {
+    fn http(&mut self) -> WasiHttpCtxView<'_> {
+        match &mut self.wasi {
+            Wasi::Component(ctx) => {
+                WasiHttpCtxView { ctx: &mut ctx.http, table: &mut ctx.table, hooks: &mut ctx.outbound }
+            }
+            Wasi::Module(_) => unreachable!("core modules are linked to preview 1 only"),
+        }
+    }
+}
+
+/// Links what components may import; `wasi:http` only for those that ask for it.
+pub(super) fn link_component(linker: &mut Linker<State>, imports: &[String]) -> wasmtime::Result<()> {
     wasmtime_wasi::p2::add_to_linker_async(linker)?;
+    if imports.iter().any(|import| import.starts_with("wasi:http/")) {
+        wasmtime_wasi_http::p2::add_only_http_to_linker_async(linker)?;
+    }
     wit::worker::add_to_linker::<_, wasmtime::component::HasSelf<State>>(linker, |state| state)?;
     wit::mailbox::add_to_linker::<_, wasmtime::component::HasSelf<State>>(linker, |state| state)
 }
@@ -150,8 +181,8 @@ impl State {
     fn new(setup: &Arc<Setup>, form: Form) -> Result<Self, LoadError> {
         let mut wasi = WasiCtxBuilder::new();
         wasi.args(&setup.args).envs(&setup.grants.env).max_random_size(RANDOM_MAX);
-        // this process runs one guest at a time: a thread to read a file on would only cost
-        wasi.allow_blocking_current_thread(true);
+        // where one guest runs at a time, a thread to read a file on would only cost
+        wasi.allow_blocking_current_thread(!setup.shares_thread);
         for dir in &setup.grants.dirs {
             let perms = if dir.read_only { FsPerms::ReadOnly } else { FsPerms::ReadWrite };
             wasi.preopened_dir(&dir.host, &dir.guest, perms)
@@ -171,7 +202,8 @@ impl State {
             Form::Component => {
                 let mut table = ResourceTable::new();
                 table.set_max_capacity(RESOURCES_MAX);
-                Wasi::Component(Box::new((wasi.build(), table)))
+                let (wasi, http) = (wasi.build(), WasiHttpCtx::new());
+                Wasi::Component(Box::new(ComponentCtx { wasi, table, http, outbound: NoOutbound }))
             }
             Form::Module => Wasi::Module(Box::new(wasi.build_p1())),
         };
@@ -193,6 +225,7 @@ impl Instance {
         refill(&mut store, &setup.limits);
         let made = match program {
             Program::Handler(pre) => pre.instantiate_async(&mut store).await.map(Entry::Handler),
+            Program::Http(pre) => pre.instantiate_async(&mut store).await.map(Entry::Http),
             Program::Command(pre) => pre.instantiate_async(&mut store).await.map(Entry::Command),
             Program::Module(pre) => match pre.instantiate_async(&mut store).await {
                 Ok(instance) => instance.get_typed_func(&mut store, "_start").map(Entry::Module),
@@ -200,7 +233,7 @@ impl Instance {
             },
         };
         match made {
-            Ok(entry) => Ok(Self { store, entry, started }),
+            Ok(entry) => Ok(Self { store, entry, started, uses: 0 }),
             Err(error) => {
                 let end = match end_of(&error, &setup.limits) {
                     // an error that is no trap is the engine's own: no room in the pool, a start that does not fit
@@ -225,6 +258,7 @@ impl Instance {
     /// When the guest is no handler: the caller has looked.
     pub(crate) async fn handle(&mut self, message: String) -> Result<Answer, Outcome> {
         let called = Instant::now();
+        self.uses += 1;
         let setup = self.store.data().setup.clone();
         refill(&mut self.store, &setup.limits);
         let Entry::Handler(guest) = &self.entry else { unreachable!("tasks go to handlers only") };
@@ -234,6 +268,42 @@ impl Instance {
             Ok(Err(reason)) => Ok(Answer::Error(reason)),
             Err(error) => Err(end_of(&error, &setup.limits).with(usage(&mut self.store, called, &setup.limits))),
         }
+    }
+
+    /// Hands one request to an http guest; what it answers goes to `respond`, at latest when this ends. The guest may
+    /// go on after that, as long as this is polled. After an error the instance must be dropped.
+    ///
+    /// # Errors
+    /// The outcome, when the guest trapped, hit a limit or exited.
+    ///
+    /// # Panics
+    /// When the guest is no http guest: the caller has looked.
+    pub(crate) async fn serve<B>(
+        &mut self,
+        request: Request<B>,
+        scheme: Scheme,
+        respond: Respond,
+    ) -> Result<(), Outcome>
+    where
+        B: Body<Data = Bytes, Error = BodyError> + Send + 'static,
+    {
+        let called = Instant::now();
+        self.uses += 1;
+        let setup = self.store.data().setup.clone();
+        refill(&mut self.store, &setup.limits);
+        let Entry::Http(guest) = &self.entry else { unreachable!("requests go to http guests only") };
+        let served = async {
+            let mut http = self.store.data_mut().http();
+            let request = http.new_incoming_request(scheme.into(), request)?;
+            let response = http.new_response_outparam_from_callback(move |answer| respond.send(answer))?;
+            guest.wasi_http_incoming_handler().call_handle(&mut self.store, request, response).await
+        };
+        served.await.map_err(|error| end_of(&error, &setup.limits).with(usage(&mut self.store, called, &setup.limits)))
+    }
+
+    /// How many messages or requests it was handed.
+    pub(crate) fn uses(&self) -> u64 {
+        self.uses
     }
 
     /// Runs a command to its end.
@@ -247,7 +317,7 @@ impl Instance {
                 Err(error) => Err(error),
             },
             Entry::Module(start) => start.call_async(&mut self.store, ()).await.map(|()| 0),
-            Entry::Handler(_) => unreachable!("only commands are run"),
+            Entry::Handler(_) | Entry::Http(_) => unreachable!("only commands are run"),
         };
         let setup = self.store.data().setup.clone();
         let end = match result {
@@ -264,7 +334,8 @@ fn refill(store: &mut Store<State>, limits: &Limits) {
     let _ = store.set_fuel(limits.fuel.unwrap_or(u64::MAX));
     // With epoch checks the guest gives way at every tick, and whoever waits for it decides; without, this is nothing.
     store.set_epoch_deadline(1);
-    store.epoch_deadline_callback(|_| Ok(UpdateDeadline::Yield(1)));
+    // Tokio's own way to yield sees to its timers and sockets first; a plain one would let them wait for dozens of ticks.
+    store.epoch_deadline_callback(|_| Ok(UpdateDeadline::YieldCustom(1, Box::pin(tokio::task::yield_now()))));
 }
 
 /// The CPU time of this process.

@@ -25,7 +25,7 @@ pub(crate) use self::{
     code::{Code, compile},
     engine::{EngineSpec, Pool},
     guest::{binary, open_file},
-    host::{Full, Identity, Outbox},
+    host::{BodyError, Full, GuestBody, Identity, Outbox, Respond, Scheme, Unfinished},
     inspect::{import_hint, offered},
     instance::{Answer, Instance, Setup, cpu_ms},
     stdio::{OutputSink, Stdio},
@@ -100,7 +100,7 @@ pub enum LoadError {
         reason: String,
     },
     /// It is not the shape of guest that was asked for.
-    #[error("expected a {expected} guest, found {found}", found = found_shape(*.found, *.form))]
+    #[error("expected {expected}, found {found}", expected = with_article(*.expected), found = found_shape(*.found, *.form))]
     WrongShape {
         /// What was asked for.
         expected: Shape,
@@ -138,9 +138,13 @@ pub enum LoadError {
     Grant(#[from] GrantError),
 }
 
+fn with_article(shape: Shape) -> String {
+    format!("{} {shape} guest", if shape == Shape::Http { "an" } else { "a" })
+}
+
 fn found_shape(found: Option<Shape>, form: Form) -> String {
     match found {
-        Some(shape) => format!("a {shape} guest ({form})"),
+        Some(shape) => format!("{} ({form})", with_article(shape)),
         None => format!("a {form} that exports nothing wrun can run"),
     }
 }
@@ -152,7 +156,7 @@ impl LoadError {
         Some(match self {
             Self::UnknownImport { import } => inspect::import_hint(import).into(),
             Self::WrongShape { found: Some(found), form, .. } => match found.modes(*form) {
-                [] => format!("no mode of wrun runs a {found} guest ({form}) yet"),
+                [] => format!("no mode of wrun runs {} ({form}) yet", with_article(*found)),
                 modes => format!("use `wrun {}`", modes.join("` or `wrun ")),
             },
             Self::WrongShape { expected: Shape::Handler, found: None, .. } => {
@@ -194,6 +198,7 @@ pub(crate) struct Sandbox {
 /// A linked guest, by how it is driven.
 enum Program {
     Handler(host::bindings::HandlerGuestPre<instance::State>),
+    Http(wasmtime_wasi_http::p2::bindings::ProxyPre<instance::State>),
     Command(wasmtime_wasi::p2::bindings::CommandPre<instance::State>),
     Module(wasmtime::InstancePre<instance::State>),
 }
@@ -201,7 +206,7 @@ enum Program {
 impl Program {
     fn form(&self) -> Form {
         match self {
-            Self::Handler(_) | Self::Command(_) => Form::Component,
+            Self::Handler(_) | Self::Http(_) | Self::Command(_) => Form::Component,
             Self::Module(_) => Form::Module,
         }
     }
@@ -233,18 +238,17 @@ impl Sandbox {
             reason: guest::one_line(&error.root_cause().to_string()),
         };
         let program = match (expected, form) {
-            (Shape::Handler | Shape::Command, Form::Component) => {
+            (_, Form::Component) => {
                 let mut linker = Linker::new(&engine);
-                instance::link_component(&mut linker).expect("no name is linked twice");
+                instance::link_component(&mut linker, &code.inspection.imports).expect("no name is linked twice");
                 let component = code.component(&engine).map_err(unfit)?;
                 let pre = linker.instantiate_pre(&component).map_err(|error| link_error(&error, &component))?;
-                if expected == Shape::Handler {
-                    Program::Handler(host::bindings::HandlerGuestPre::new(pre).map_err(|error| mismatch(&error))?)
-                } else {
-                    Program::Command(
-                        wasmtime_wasi::p2::bindings::CommandPre::new(pre).map_err(|error| mismatch(&error))?,
-                    )
-                }
+                let program = match expected {
+                    Shape::Handler => host::bindings::HandlerGuestPre::new(pre).map(Program::Handler),
+                    Shape::Http => wasmtime_wasi_http::p2::bindings::ProxyPre::new(pre).map(Program::Http),
+                    Shape::Command => wasmtime_wasi::p2::bindings::CommandPre::new(pre).map(Program::Command),
+                };
+                program.map_err(|error| mismatch(&error))?
             }
             (Shape::Command, Form::Module) => {
                 let mut linker = wasmtime::Linker::new(&engine);
@@ -264,7 +268,7 @@ impl Sandbox {
                     }
                 })?)
             }
-            (Shape::Handler, Form::Module) | (Shape::Http, _) => return Err(wrong_shape()),
+            (Shape::Handler | Shape::Http, Form::Module) => return Err(wrong_shape()),
         };
         Ok(Self { engine, program })
     }
@@ -289,7 +293,7 @@ impl Sandbox {
 /// As [`Sandbox::load`].
 pub(crate) fn check(engine: &Engine, code: &Code) -> Result<(), LoadError> {
     match (code.inspection.shape, code.inspection.form) {
-        (Some(shape @ Shape::Command), _) | (Some(shape @ Shape::Handler), Form::Component) => {
+        (Some(shape @ Shape::Command), _) | (Some(shape), Form::Component) => {
             Sandbox::load(engine.clone(), code, shape).map(drop)
         }
         _ => Ok(()),

@@ -8,6 +8,7 @@
 //! | starting, ready | failed | its worker died too often, or nothing can come of the guest |
 //! | starting, ready | draining | it was asked to end |
 //! | waiting, draining | exited | it was asked to end, and its worker is gone |
+//! | all but draining | ready | a successor, started beside its worker, has taken over |
 
 use std::time::{Duration, Instant};
 
@@ -72,6 +73,18 @@ impl Slot {
         debug_assert!(matches!(self.state, State::Waiting(due) if due <= now), "{:?}", self.state);
         self.generation += 1;
         self.state = State::Starting(now);
+    }
+
+    /// A successor is being started beside whatever is in the slot now; answers its generation.
+    pub(crate) fn succeed(&mut self) -> u32 {
+        self.generation += 1;
+        self.generation
+    }
+
+    /// The successor is ready and takes the slot.
+    pub(crate) fn replaced(&mut self, now: Instant) {
+        debug_assert!(!matches!(self.state, State::Draining), "{:?}", self.state);
+        self.state = State::Ready(now);
     }
 
     /// Its worker says it is ready; whether that is news. One that is being drained stays so.
@@ -164,6 +177,23 @@ mod tests {
         let mut slot = Slot::new(now);
         slot.start(now);
         assert_eq!(slot.died(&Policy::default(), now, Death::Hopeless, 0.0), Verdict::GiveUp);
+    }
+
+    #[test]
+    fn a_successor_takes_over_whatever_became_of_the_slot() {
+        let (policy, now) = (Policy::default(), Instant::now());
+        let mut slot = Slot::new(now);
+        slot.start(now);
+        assert_eq!(slot.succeed(), 2);
+        slot.died(&policy, now, Death::Hopeless, 0.0);
+        assert_eq!(slot.state(), State::Failed);
+        slot.replaced(now);
+        assert_eq!(slot.state(), State::Ready(now));
+        // generations go on from the successor's
+        slot.died(&policy, now, Death::Crash, 0.0);
+        let State::Waiting(due) = slot.state() else { panic!("{:?}", slot.state()) };
+        slot.start(due);
+        assert_eq!(slot.generation(), 3);
     }
 
     #[test]

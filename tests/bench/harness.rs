@@ -41,7 +41,10 @@ pub(crate) fn compare(what: &str, unit: &str, rounds: usize, mut probes: Vec<Pro
 }
 
 /// `median [least, most]`
-fn spread(figures: &[f64]) -> String {
+pub(crate) fn spread(figures: &[f64]) -> String {
+    if figures.is_empty() {
+        return "none".into();
+    }
     let mut sorted = figures.to_vec();
     sorted.sort_by(f64::total_cmp);
     let show = |figure: f64| match figure {

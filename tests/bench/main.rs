@@ -1,5 +1,5 @@
 //! How fast wrun is, each figure beside what it is measured against, in the same run: `cargo bench`, or one part of it
-//! with `cargo bench -- start`, `-- messages` or `-- pool`.
+//! with `cargo bench -- start`, `-- messages`, `-- pool` or `-- http`.
 //!
 //! Peers that are installed take part: `node`, and `wasmtime` (or what `$WASMTIME` names). Without them, what the
 //! machine itself allows remains: a process that does nothing, two processes on a bare socket pair, the bare engine.
@@ -7,6 +7,7 @@
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a bench that cannot go on says where, and prints")]
 
 mod harness;
+mod http;
 mod messages;
 mod pool;
 mod start;
@@ -16,8 +17,12 @@ fn main() {
     if harness::is_echo() {
         return harness::echo();
     }
+    if let Some(threads) = http::hyper_threads() {
+        return http::hyper(threads);
+    }
     let wanted: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
-    let parts: [(&str, fn()); 3] = [("start", start::run), ("messages", messages::run), ("pool", pool::run)];
+    let parts: [(&str, fn()); 4] =
+        [("start", start::run), ("messages", messages::run), ("pool", pool::run), ("http", http::run)];
     println!("median [least, most]; a ratio is that of neighbours in time, over the rounds\n");
     for (name, run) in parts {
         if wanted.is_empty() || wanted.iter().any(|wanted| name.contains(wanted.as_str())) {

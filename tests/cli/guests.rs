@@ -210,9 +210,9 @@ fn an_import_of_a_component_that_is_not_offered_is_named_with_a_hint() {
         "it imports `acme:things/maker@1.0.0`, which wrun does not offer",
         "wrun offers WASI preview 1, WASI 0.2 and wrun:guest@0.1.0",
     );
-    import("wasi:http/outgoing-handler@0.2.0").error_and_hint(
-        "it imports `wasi:http/outgoing-handler@0.2.0`, which wrun does not offer",
-        "outbound HTTP is not offered; build the guest without it",
+    import("wasi:http/client@0.3.0").error_and_hint(
+        "it imports `wasi:http/client@0.3.0`, which wrun does not offer",
+        "wrun offers wasi:http 0.2; build the guest for that",
     );
     import("wasi:cli/environment@0.3.0").error_and_hint(
         "it imports `wasi:cli/environment@0.3.0`, which wrun does not offer",

@@ -96,7 +96,7 @@ exports   memory
 #[test]
 fn what_is_not_offered_is_refused_with_a_hint() {
     let wat = r#"(module (import "env" "puts" (func)) (func (export "_start")))"#;
-    let folder = Folder::new().file("c.wat", wat).file("http.wat", command_component("wasi:http/types@0.2.0"));
+    let folder = Folder::new().file("c.wat", wat).file("http.wat", command_component("wasi:http/types@0.3.0"));
 
     let found = folder.wrun(["inspect", "--json", "c.wat"]).run().code(0).stdout_json();
     assert_eq!((&found["shape"], &found["modes"]), (&json!("command"), &json!([])));
@@ -109,7 +109,7 @@ fn what_is_not_offered_is_refused_with_a_hint() {
 
     let found = folder.wrun(["inspect", "--json", "http.wat"]).run().code(0).stdout_json();
     assert_eq!((&found["form"], &found["modes"]), (&json!("component"), &json!([])));
-    assert_eq!(found["refused"][0]["import"], json!("wasi:http/types@0.2.0"));
+    assert_eq!(found["refused"][0]["import"], json!("wasi:http/types@0.3.0"));
 }
 
 #[test]

@@ -6,14 +6,20 @@
 #![expect(clippy::unwrap_used, reason = "what panics in a test has failed it, in its helpers too")]
 #![expect(clippy::format_collect, reason = "inputs are put together where they are read")]
 
+mod client;
 mod cluster;
 mod compile;
 mod contract;
 mod grants;
 mod guests;
 mod help;
+mod http;
+mod http_handlers;
+mod http_limits;
+mod http_supervision;
 mod inspect;
 mod limits;
+mod load;
 mod readme;
 mod run;
 mod supervision;

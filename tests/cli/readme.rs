@@ -62,7 +62,10 @@ fn the_readmes_examples_print_what_they_say() {
     let folder = Folder::new().folder("target/release").file("README.md", &readme);
     std::os::unix::fs::symlink(WRUN, folder.path("target/release/wrun")).unwrap();
     std::os::unix::fs::symlink(guest_artifacts::dir(), folder.path("target/guests")).unwrap();
+    // a port that is free; whoever takes it meanwhile makes the example fail
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     for Example { command, expected } in examples {
+        let command = command.replace("8080", &port.to_string());
         let output = Command::new("sh")
             .args(["-c", &format!("exec 2>&1; {command}")])
             .current_dir(folder.path("."))

@@ -8,24 +8,24 @@ use serde_json::{Value, json};
 
 use crate::wrun::{Finished, Folder, Running, wrun};
 
-fn pid(value: &Value) -> Pid {
+pub(super) fn pid(value: &Value) -> Pid {
     Pid::from_raw(value.as_i64().and_then(|pid| i32::try_from(pid).ok()).expect("a pid")).expect("a pid")
 }
 
 /// The next event of this name.
 #[track_caller]
-fn event(running: &mut Running, name: &str) -> Value {
+pub(super) fn event(running: &mut Running, name: &str) -> Value {
     let line = running.stderr_line_with(&format!("\"event\":\"{name}\""));
     serde_json::from_str(&line).expect("JSON")
 }
 
 /// All events of a run, in order.
-fn events(finished: &Finished) -> Vec<Value> {
+pub(super) fn events(finished: &Finished) -> Vec<Value> {
     finished.stderr_text().lines().map(|line| serde_json::from_str(line).expect(line)).collect()
 }
 
 /// The processes that a process has started and that are there.
-fn children(of: Pid) -> Vec<Pid> {
+pub(super) fn children(of: Pid) -> Vec<Pid> {
     let tasks = std::fs::read_dir(format!("/proc/{}/task", of.as_raw_pid())).expect("it is there").flatten();
     let lists = tasks.map(|task| std::fs::read_to_string(task.path().join("children")).expect("a list"));
     lists
@@ -35,7 +35,7 @@ fn children(of: Pid) -> Vec<Pid> {
 }
 
 /// Waits until no such process is there any more; who waits too long fails with the test's deadline.
-fn gone(pid: Pid) -> bool {
+pub(super) fn gone(pid: Pid) -> bool {
     let deadline = std::time::Instant::now() + Duration::from_secs(30);
     while std::time::Instant::now() < deadline {
         // a zombie that nobody has reaped yet is gone, too

@@ -70,6 +70,7 @@ impl Folder {
             args: args.into_iter().map(|arg| arg.as_ref().to_owned()).collect(),
             env: vec![("XDG_CACHE_HOME".into(), shared_cache().into())],
             redirections: vec![],
+            open_files: None,
             stdin: Input::Null,
             stdout: None,
         }
@@ -145,6 +146,7 @@ pub(crate) struct Wrun {
     args: Vec<OsString>,
     env: Vec<(OsString, OsString)>,
     redirections: Vec<&'static str>,
+    open_files: Option<u32>,
     stdin: Input,
     stdout: Option<File>,
 }
@@ -204,6 +206,12 @@ impl Wrun {
         self
     }
 
+    /// It may have so many files and sockets open and no more, and so may each process that it starts.
+    pub(crate) fn open_files(mut self, most: u32) -> Self {
+        self.open_files = Some(most);
+        self
+    }
+
     /// Runs it to its end.
     #[track_caller]
     pub(crate) fn run(self) -> Finished {
@@ -212,11 +220,12 @@ impl Wrun {
 
     /// Starts it.
     pub(crate) fn spawn(self) -> Running {
-        let mut command = if self.redirections.is_empty() {
+        let mut command = if self.redirections.is_empty() && self.open_files.is_none() {
             Command::new(WRUN)
         } else {
+            let limit = self.open_files.map(|most| format!("ulimit -n {most} && ")).unwrap_or_default();
             let mut shell = Command::new("/bin/sh");
-            shell.arg("-c").arg(format!("exec \"$0\" \"$@\" {}", self.redirections.join(" "))).arg(WRUN);
+            shell.arg("-c").arg(format!("{limit}exec \"$0\" \"$@\" {}", self.redirections.join(" "))).arg(WRUN);
             shell
         };
         command.args(&self.args).env_clear().envs(self.env).current_dir(self.folder.0.path());

@@ -11,8 +11,14 @@ const HANDLERS: [&str; 6] = ["crash-at-start", "data-processor", "echo", "fib", 
 /// The commands, which are binaries of `guests/commands`.
 const COMMANDS: [&str; 4] = ["args", "cat", "hello", "hostile-command"];
 
+/// The HTTP guests, which are examples of `guests/http`.
+const HTTP: [&str; 6] = ["crash", "hello-http", "slow", "spin", "stream", "upload"];
+
+/// The HTTP guest that others wrote: an example that this crate was published with, found in the lock file of `guests/`.
+const FOREIGN_HTTP: (&str, &str) = ("wstd", "http_server");
+
 /// What the guests are made of: all but `guests/target`, which changes with every build that is run there.
-const SOURCES: [&str; 9] = [
+const SOURCES: [&str; 11] = [
     "guests/Cargo.toml",
     "guests/Cargo.lock",
     "guests/sdk/Cargo.toml",
@@ -21,6 +27,8 @@ const SOURCES: [&str; 9] = [
     "guests/handlers/src",
     "guests/commands/Cargo.toml",
     "guests/commands/src",
+    "guests/http/Cargo.toml",
+    "guests/http/src",
     "wit",
 ];
 
@@ -42,7 +50,11 @@ fn main() {
 
     install_targets(&[COMPONENT, MODULE]);
     let manifest = root.join("guests/Cargo.toml");
-    compile(&manifest, &built, COMPONENT, &["-p", "handlers", "--examples", "-p", "commands", "--bins"]);
+    let ours = ["-p", "handlers", "-p", "http-guests", "--examples", "-p", "commands", "--bins"];
+    compile(&manifest, &built, COMPONENT, &ours);
+    // cargo builds an example of a dependency as long as it needs no more than the crate itself does
+    let (foreign, example) = FOREIGN_HTTP;
+    compile(&manifest, &built, COMPONENT, &["-p", foreign, "--example", example]);
     compile(&manifest, &built, MODULE, &["-p", "commands", "--bins"]);
 
     fs::create_dir_all(&guests).unwrap_or_else(|error| panic!("{}: {error}", guests.display()));
@@ -54,11 +66,13 @@ fn main() {
     };
     let components = built.join(COMPONENT).join("release");
     let modules = built.join(MODULE).join("release");
-    for name in HANDLERS {
+    for name in HANDLERS.into_iter().chain(HTTP) {
         // a cdylib is a library, whose name is an identifier
         let file = format!("examples/{}.wasm", name.replace('-', "_"));
         publish(variable(name), components.join(file), guests.join(format!("{name}.wasm")));
     }
+    let file = format!("examples/{example}.wasm");
+    publish(variable("foreign-http"), components.join(file), guests.join("foreign-http.wasm"));
     for name in COMMANDS {
         let file = format!("{name}.wasm");
         publish(variable(name), components.join(&file), guests.join(&file));

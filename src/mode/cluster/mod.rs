@@ -1,351 +1,64 @@
-//! `wrun cluster`: a handler guest as a pool of supervised worker processes.
+//! `wrun cluster`: a guest as a pool of supervised worker processes.
 //!
-//! [`Cluster`] is the pool for programs, [`lines`] the one that eats and prints JSON lines. Both are the same pool with
-//! another client.
+//! The workers of a pool get tasks from their primary ([`Cluster::request`], [`lines`]), or share a port and answer what
+//! comes there ([`Builder::listen`], [`serve`]). Either way they are the same processes under the same supervision.
 
+mod builder;
 mod dispatch;
 pub mod lines;
 mod pool;
+pub mod serve;
+mod server;
+mod signals;
 
 use std::{
-    future::Future,
-    os::fd::AsFd,
+    net::SocketAddr,
     path::PathBuf,
     task::{Context, Poll},
     thread::JoinHandle,
-    time::Duration,
 };
 
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-pub use self::pool::Answer;
-use self::pool::{Client, Pool, PoolLimits, Request, Stop};
-use crate::{
-    Error,
-    child::{WorkerConfig, compile_aside},
-    event::Event,
-    grant::Grants,
-    limits::{Bytes, Limits},
-    message::Message,
-    process::{Process, Program, Role},
-    sandbox::{Cache, Code, EngineSpec, Form, Guest, Identity, LoadError, Pool as EnginePool, Shape},
-    supervisor::{EventSink, Policy, Restart, Supervisor, Watch},
+use self::pool::{Client, Request, Stop};
+pub use self::{
+    builder::{Balance, Builder, InstanceLife, Interrupt},
+    pool::Answer,
 };
+use crate::{Error, event::Event, message::Message};
 
-/// What may be queued in a pool, in bytes, beside the number of tasks.
-const QUEUE_BYTES: usize = 64 << 20;
-
-/// How long a worker may take to get ready.
-const READY_WITHIN: Duration = Duration::from_secs(30);
-
-/// How long after a task's deadline its worker is killed when it should have ended the task itself.
-const BACKSTOP: Duration = Duration::from_secs(5);
-
-/// The most memory of one instance: what a 32-bit guest can address.
-const MEMORY_MAX: Bytes = Bytes::mib(4096);
-
-/// What a frame may have beyond the longest message: outcomes with their backtraces, lines.
-const FRAME_SLACK: u32 = 128 << 10;
-
-/// What an instance lives for.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum InstanceLife {
-    /// The worker: what it keeps in memory is there for the next task.
-    #[default]
-    Worker,
-    /// One task.
-    Task,
+/// How a pool ended that a command ran.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// All its work is done.
+    Done,
+    /// A signal asked for an early end. What was begun is answered, if only with `cancelled`.
+    Stopped {
+        /// The signal.
+        signal: i32,
+        /// Whether workers had to be killed.
+        killed: bool,
+    },
+    /// Nobody reads the answers any more.
+    OutputClosed,
 }
 
-/// How a task that is out of time is ended.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Interrupt {
-    /// With its worker. The guest is compiled without checks, so its loops run at full speed.
-    Kill,
-    /// By checks that are compiled into it: the worker lives on, tight loops are slower.
-    Epoch,
-    /// [`Interrupt::Epoch`] when a worker handles several tasks at once, else [`Interrupt::Kill`].
-    #[default]
-    Auto,
+/// What the owner of a pool wants of it.
+#[derive(Debug)]
+enum Order {
+    /// An early end.
+    Stop(Stop),
+    /// Workers of the guest as it is now.
+    Reload(oneshot::Sender<Result<(), Error>>),
 }
 
-/// How to make a pool.
-#[derive(Debug, Clone)]
-#[must_use = "no pool is there before it is started"]
-pub struct Builder {
-    guest: PathBuf,
-    workers: u32,
-    program: Program,
-    cache: Cache,
-    grants: Grants,
-    limits: Limits,
-    data: Message,
-    life: InstanceLife,
-    interrupt: Interrupt,
-    concurrency: u32,
-    queue: usize,
-    retries: u32,
-    restart: Restart,
-    heartbeat: Duration,
-    grace: Duration,
-}
-
-impl Builder {
-    fn new(guest: PathBuf) -> Self {
-        Self {
-            guest,
-            workers: std::thread::available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(1)),
-            program: Program::Own,
-            cache: Cache::at(None),
-            grants: Grants::default(),
-            limits: Limits::of_a_task(),
-            data: Message::null(),
-            life: InstanceLife::default(),
-            interrupt: Interrupt::default(),
-            concurrency: 1,
-            queue: 1024,
-            retries: 0,
-            restart: Restart::default(),
-            heartbeat: Duration::from_secs(5),
-            grace: Duration::from_secs(10),
-        }
-    }
-
-    /// How many worker processes; default one per core.
-    pub fn workers(mut self, workers: u32) -> Self {
-        self.workers = workers;
-        self
-    }
-
-    /// The program that workers are made of, when it is not this one: a `wrun` of the same version.
-    pub fn program(mut self, path: impl Into<PathBuf>) -> Self {
-        self.program = Program::At(path.into());
-        self
-    }
-
-    /// Where compiled code is kept; default the user's cache folder.
-    pub fn cache(mut self, cache: Cache) -> Self {
-        self.cache = cache;
-        self
-    }
-
-    /// What the guest may touch; default nothing.
-    pub fn grants(mut self, grants: Grants) -> Self {
-        self.grants = grants;
-        self
-    }
-
-    /// What bounds each instance and each task; default [`Limits::of_a_task`].
-    pub fn limits(mut self, limits: Limits) -> Self {
-        self.limits = limits;
-        self
-    }
-
-    /// What `worker.get-data` answers; default `null`.
-    pub fn data(mut self, data: Message) -> Self {
-        self.data = data;
-        self
-    }
-
-    /// What an instance lives for; default the worker.
-    pub fn instance(mut self, life: InstanceLife) -> Self {
-        self.life = life;
-        self
-    }
-
-    /// How a task that is out of time is ended; default [`Interrupt::Auto`].
-    pub fn interrupt(mut self, interrupt: Interrupt) -> Self {
-        self.interrupt = interrupt;
-        self
-    }
-
-    /// How many tasks a worker handles at once, each in an instance of its own; default 1. More is for guests that
-    /// wait, not for those that compute: a worker has one thread.
-    pub fn concurrency(mut self, tasks: u32) -> Self {
-        self.concurrency = tasks;
-        self
-    }
-
-    /// How many tasks may wait in the pool; default 1,024, and never more than 64 MiB.
-    pub fn queue(mut self, tasks: usize) -> Self {
-        self.queue = tasks;
-        self
-    }
-
-    /// How often a task is tried again when its worker dies; default 0. Only for tasks that may be done twice.
-    pub fn retries(mut self, retries: u32) -> Self {
-        self.retries = retries;
-        self
-    }
-
-    /// When a dead worker is replaced; default always.
-    pub fn restart(mut self, restart: Restart) -> Self {
-        self.restart = restart;
-        self
-    }
-
-    /// How long a worker may go without a heartbeat before it is replaced; default 5 s.
-    pub fn heartbeat(mut self, time: Duration) -> Self {
-        self.heartbeat = time;
-        self
-    }
-
-    /// How long work in flight may take after a polite stop; default 10 s.
-    pub fn grace(mut self, time: Duration) -> Self {
-        self.grace = time;
-        self
-    }
-
-    /// Starts the pool on a thread of its own, and waits until its guest is compiled and its first worker is ready.
-    ///
-    /// # Errors
-    /// When the guest cannot be loaded or is no handler, something granted is not there, no worker gets ready, or
-    /// [`init`](crate::init) was not called first.
-    pub async fn start(self) -> Result<Cluster, Error> {
-        let (started, ready) = oneshot::channel();
-        // The kernel ends workers together with the thread that made them, so that thread is the pool's own.
-        let thread = std::thread::Builder::new()
-            .name("wrun-pool".into())
-            .spawn(move || {
-                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-                let runtime = match runtime.map_err(Error::io("start the runtime")) {
-                    Ok(runtime) => runtime,
-                    Err(error) => {
-                        let _ = started.send(Err(error));
-                        return Ok(());
-                    }
-                };
-                runtime.block_on(async {
-                    match self.start_here().await {
-                        Ok((cluster, run)) => {
-                            let _ = started.send(Ok(cluster));
-                            run.await
-                        }
-                        Err(error) => {
-                            let _ = started.send(Err(error));
-                            Ok(())
-                        }
-                    }
-                })
-            })
-            .map_err(Error::io("start the pool's thread"))?;
-        let mut cluster = ready.await.map_err(|_| Error::Stopped)??;
-        cluster.thread = Some(thread);
-        Ok(cluster)
-    }
-
-    /// As [`Builder::start`], for a program that lets the pool run on its own thread: nothing moves unless the future
-    /// that comes with it is polled. It resolves when the pool has ended.
-    ///
-    /// A task then costs no more than the wake-ups of the worker and of this thread. But the kernel ends the workers
-    /// together with this thread, so it must live as long as they are wanted.
-    ///
-    /// # Errors
-    /// As [`Builder::start`].
-    pub async fn start_here(self) -> Result<(Cluster, impl Future<Output = Result<(), Error>>), Error> {
-        let (tasks, submitted) = mpsc::channel(self.queue.max(1));
-        let (events, _) = broadcast::channel(1024);
-        let (stop, stopped) = mpsc::unbounded_channel();
-        let (online, mut first) = mpsc::unbounded_channel::<()>();
-        let told = events.clone();
-        let sink: EventSink = Box::new(move |event| {
-            if matches!(event, Event::Online { .. }) {
-                let _ = online.send(());
-            }
-            // nobody may be listening
-            let _ = told.send(event);
-        });
-        let mut pool = self.pool(Handle { submitted, stopped, finished: vec![] }, sink).await?;
-        let mut run = Box::pin(async move { pool.run().await.map(drop).map_err(Error::of_pool) });
-        tokio::select! {
-            ended = &mut run => return Err(ended.err().unwrap_or(Error::Stopped)),
-            _ = first.recv() => {}
-        }
-        Ok((Cluster { tasks, stop: Some(stop), events, thread: None }, run))
-    }
-
-    /// Compiles the guest and makes the pool; its workers start when it runs.
-    async fn pool<C: Client>(self, client: C, events: EventSink) -> Result<Pool<C>, Error> {
-        self.check()?;
-        let epoch = match self.interrupt {
-            Interrupt::Kill => false,
-            Interrupt::Epoch => true,
-            Interrupt::Auto => self.concurrency > 1,
-        };
-        let engine = EngineSpec {
-            epoch_checks: epoch,
-            fuel: self.limits.fuel.is_some(),
-            stack: self.limits.stack,
-            pool: Some(EnginePool { instances: self.concurrency, memory: self.limits.memory }),
-        };
-        let guest = Guest::read(&self.guest)?;
-        let name = guest.name.clone();
-        let code = compile_aside(&self.program, &self.cache, engine, guest).await?;
-        let inspection = code.inspection.clone();
-        if (inspection.shape, inspection.form) != (Some(Shape::Handler), Form::Component) {
-            let (found, form) = (inspection.shape, inspection.form);
-            return Err(LoadError::WrongShape { expected: Shape::Handler, found, form }.into());
-        }
-        let needs = Bytes(inspection.memory_min);
-        if needs > self.limits.memory {
-            return Err(LoadError::NeedsMemory { needs, limit: self.limits.memory }.into());
-        }
-        let body_max = u32::try_from(self.limits.message_max.0).unwrap_or(u32::MAX).saturating_add(FRAME_SLACK);
-        let watch = Watch {
-            policy: Policy { restart: self.restart, ..Policy::default() },
-            heartbeat: self.heartbeat,
-            ready_within: READY_WITHIN,
-            grace: self.grace,
-        };
-        let pool = PoolLimits {
-            queue: self.queue.max(1),
-            queue_bytes: QUEUE_BYTES,
-            retries: self.retries,
-            kill_after: self.limits.timeout.map(|timeout| if epoch { timeout + BACKSTOP } else { timeout }),
-        };
-        let mut config = WorkerConfig {
-            engine,
-            inspection,
-            grants: self.grants,
-            limits: self.limits.clone(),
-            identity: Identity { id: 0, count: self.workers, generation: 0, name, process: true },
-            data: self.data,
-            fresh: self.life == InstanceLife::Task,
-            concurrency: self.concurrency,
-            beat: self.heartbeat / 10,
-        };
-        let program = self.program;
-        let launch = move |worker, generation| {
-            (config.identity.id, config.identity.generation) = (worker, generation);
-            launch(&program, &config, &code, body_max)
-        };
-        let supervisor = Supervisor::new(self.workers, watch, Box::new(launch), events);
-        Ok(Pool::new(supervisor, self.workers, self.concurrency, self.limits, pool, client))
-    }
-
-    fn check(&self) -> Result<(), Error> {
-        let usage = |text: &str| Err(Error::Usage(text.into()));
-        if !self.program.is_prepared() {
-            return usage("call `wrun::init()` first thing in `main`: workers are this program, started again");
-        }
-        if self.workers == 0 || self.concurrency == 0 {
-            return usage("expected at least one worker and one task at once");
-        }
-        if self.concurrency > 1 && self.interrupt == Interrupt::Kill {
-            return usage("`kill` would end all the tasks of a worker: use `epoch` when it handles several at once");
-        }
-        if self.limits.memory > MEMORY_MAX {
-            return Err(Error::Usage(format!("expected at most {MEMORY_MAX} of memory for one instance")));
-        }
-        if self.heartbeat < Duration::from_millis(10) {
-            return usage("expected a heartbeat of 10ms or more");
-        }
-        Ok(self.grants.check().map_err(LoadError::from)?)
-    }
-}
-
-fn launch(program: &Program, config: &WorkerConfig, code: &Code, body_max: u32) -> std::io::Result<Process> {
-    Process::start(program, Role::Worker, config, &[code.as_fd()], body_max)
+/// Where the work of a pool comes from.
+#[derive(Debug)]
+enum Work {
+    /// From whoever has the [`Cluster`].
+    Tasks(mpsc::Sender<(oneshot::Sender<Answer>, Message)>),
+    /// From a port.
+    Port(SocketAddr),
 }
 
 /// A running pool of workers. Dropping it ends them at once; [`Cluster::shutdown`] lets them finish.
@@ -383,9 +96,9 @@ fn launch(program: &Program, config: &WorkerConfig, code: &Code, body_max: u32) 
 /// ```
 #[derive(Debug)]
 pub struct Cluster {
-    tasks: mpsc::Sender<(oneshot::Sender<Answer>, Message)>,
+    work: Work,
     /// Taken by a shutdown; a drop without one stops the pool at once.
-    stop: Option<mpsc::UnboundedSender<Stop>>,
+    orders: Option<mpsc::UnboundedSender<Order>>,
     events: broadcast::Sender<Event>,
     /// Where the pool runs, when that is a thread of its own.
     thread: Option<JoinHandle<Result<(), Error>>>,
@@ -402,11 +115,36 @@ impl Cluster {
     /// Cancel-safe before the pool has taken the task; after that a dropped request is answered to nobody.
     ///
     /// # Errors
-    /// When the pool has stopped.
+    /// When the pool has stopped, or serves a port: then its work comes from there.
     pub async fn request(&self, message: Message) -> Result<Answer, Error> {
+        let Work::Tasks(tasks) = &self.work else {
+            return Err(Error::Usage("this pool serves a port: send it requests there".into()));
+        };
         let (ticket, answer) = oneshot::channel();
-        self.tasks.send((ticket, message)).await.map_err(|_| Error::Stopped)?;
+        tasks.send((ticket, message)).await.map_err(|_| Error::Stopped)?;
         answer.await.map_err(|_| Error::Stopped)
+    }
+
+    /// Where a pool listens that serves a port ([`Builder::listen`]), with the real port when any was asked for.
+    #[must_use]
+    pub fn address(&self) -> Option<SocketAddr> {
+        match self.work {
+            Work::Tasks(_) => None,
+            Work::Port(address) => Some(address),
+        }
+    }
+
+    /// Replaces all workers of a port by ones of the guest as its file is now, and waits until they have taken over.
+    /// No request is lost: the old ones finish what they have. A reload that comes while another is under way follows it.
+    ///
+    /// # Errors
+    /// When the guest cannot be loaded or one of the new workers does not get ready: then none takes over, and the old
+    /// ones go on. When the pool serves no port, or has stopped.
+    pub async fn reload(&self) -> Result<(), Error> {
+        let orders = self.orders.as_ref().ok_or(Error::Stopped)?;
+        let (told, ended) = oneshot::channel();
+        orders.send(Order::Reload(told)).map_err(|_| Error::Stopped)?;
+        ended.await.map_err(|_| Error::Stopped)?
     }
 
     /// What happens from now on. A receiver that falls 1,024 events behind is told how many it has missed.
@@ -415,16 +153,16 @@ impl Cluster {
         self.events.subscribe()
     }
 
-    /// Takes no more tasks, waits until those that were begun are answered, for at most the grace time, and ends the
-    /// workers. Requests that were not begun are answered with a cancelled outcome.
+    /// Takes no more tasks or connections, waits until those that were begun are answered, for at most the grace time,
+    /// and ends the workers. Tasks that were not begun are answered with a cancelled outcome.
     ///
     /// Of a pool that runs on the caller's thread ([`Builder::start_here`]) it only asks: that one's future tells.
     ///
     /// # Errors
     /// When every worker had failed.
     pub async fn shutdown(mut self) -> Result<(), Error> {
-        if let Some(stop) = self.stop.take() {
-            let _ = stop.send(Stop::Politely);
+        if let Some(orders) = self.orders.take() {
+            let _ = orders.send(Order::Stop(Stop::Politely));
         }
         let Some(thread) = self.thread.take() else { return Ok(()) };
         let joined = tokio::task::spawn_blocking(|| thread.join()).await;
@@ -437,8 +175,8 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        if let Some(stop) = self.stop.take() {
-            let _ = stop.send(Stop::Now);
+        if let Some(orders) = self.orders.take() {
+            let _ = orders.send(Order::Stop(Stop::Now));
         }
         if let Some(thread) = self.thread.take() {
             // takes as long as the kernel needs to end the workers
@@ -450,7 +188,7 @@ impl Drop for Cluster {
 /// The pool's side of a [`Cluster`].
 struct Handle {
     submitted: mpsc::Receiver<(oneshot::Sender<Answer>, Message)>,
-    stopped: mpsc::UnboundedReceiver<Stop>,
+    ordered: mpsc::UnboundedReceiver<Order>,
     finished: Vec<(oneshot::Sender<Answer>, Answer)>,
 }
 
@@ -465,9 +203,15 @@ impl Client for Handle {
     }
 
     fn poll_stop(&mut self, cx: &mut Context<'_>) -> Poll<Stop> {
-        match self.stopped.poll_recv(cx) {
-            Poll::Ready(Some(stop)) => Poll::Ready(stop),
-            Poll::Ready(None) | Poll::Pending => Poll::Pending,
+        loop {
+            match self.ordered.poll_recv(cx) {
+                Poll::Ready(Some(Order::Stop(stop))) => return Poll::Ready(stop),
+                Poll::Ready(Some(Order::Reload(told))) => {
+                    let reason = "expected a pool that serves a port: only those are reloaded";
+                    let _ = told.send(Err(Error::Usage(reason.into())));
+                }
+                Poll::Ready(None) | Poll::Pending => return Poll::Pending,
+            }
         }
     }
 

@@ -10,11 +10,11 @@ use std::{
 use super::dispatch::Dispatch;
 use crate::{
     Error,
-    event::{Event, Stream, WorkerId},
+    event::{Event, WorkerId},
     limits::Limits,
     message::{Message, MessageError},
     outcome::{End, LimitKind, Outcome, Usage},
-    process::wire::{Frame, Kind},
+    process::wire::Kind,
     supervisor::{Step, Supervisor},
 };
 
@@ -119,7 +119,6 @@ enum Phase {
 
 enum Pending {
     Reject(WorkerId, String),
-    Ended(WorkerId, Outcome),
     Emit(Event),
 }
 
@@ -177,8 +176,8 @@ impl<C: Client> Pool<C> {
             };
             match step {
                 Step::Online(worker) if self.phase != Phase::Draining => self.dispatch.open(worker),
-                Step::Online(_) | Step::Progress => {}
-                Step::Gone { worker, outcome, begun } => self.lost(worker, &outcome, begun),
+                Step::Online(_) | Step::Reloaded(_) | Step::Progress => {}
+                Step::Gone { worker, outcome, begun, .. } => self.lost(worker, &outcome, begun),
                 Step::Down(failure) => {
                     return Poll::Ready(self.down(failure));
                 }
@@ -254,7 +253,10 @@ impl<C: Client> Pool<C> {
                         return;
                     }
                 },
-                _ => return pending.extend(other(worker, frame)),
+                kind => {
+                    let reason = format!("it sent {kind:?}, which is not for this pool");
+                    return pending.push_back(Pending::Reject(worker, reason));
+                }
             };
             match dispatch.answered(worker, frame.id, now) {
                 Some(task) => {
@@ -276,7 +278,6 @@ impl<C: Client> Pool<C> {
         while let Some(pending) = self.pending.pop_front() {
             match pending {
                 Pending::Reject(worker, reason) => self.supervisor.reject(worker, reason),
-                Pending::Ended(worker, outcome) => self.supervisor.note_end(worker, outcome),
                 Pending::Emit(event) => self.supervisor.emit(event),
             }
         }
@@ -331,31 +332,5 @@ impl<C: Client> Pool<C> {
             None if self.killed || self.supervisor.grace_exceeded() => Ok(Finish::Killed),
             None => Ok(Finish::Drained),
         }
-    }
-}
-
-/// What a worker says beside answers.
-fn other(worker: WorkerId, frame: Frame<'_>) -> Vec<Pending> {
-    let lines = |stream| {
-        let text = String::from_utf8_lossy(frame.body);
-        text.split('\n').map(|line| Pending::Emit(Event::Output { worker, stream, line: line.into() })).collect()
-    };
-    match frame.kind {
-        Kind::Stdout => lines(Stream::Stdout),
-        Kind::Stderr => lines(Stream::Stderr),
-        Kind::Dropped => vec![Pending::Emit(Event::Drop { worker, bytes: frame.id })],
-        Kind::Message => vec![match Message::check(frame.body, usize::MAX) {
-            Ok(message) => Pending::Emit(Event::Message { worker, message }),
-            Err(error) => Pending::Reject(worker, format!("it sent a broken message: {error}")),
-        }],
-        Kind::Ended => vec![match serde_json::from_slice(frame.body) {
-            Ok(outcome) => Pending::Ended(worker, outcome),
-            Err(error) => Pending::Reject(worker, format!("it sent a broken outcome: {error}")),
-        }],
-        Kind::Panic => {
-            let message = format!("its own code panicked: {}", String::from_utf8_lossy(frame.body));
-            vec![Pending::Emit(Event::Error { worker: Some(worker), message })]
-        }
-        kind => vec![Pending::Reject(worker, format!("it sent {kind:?}, which only a primary may"))],
     }
 }

@@ -1,8 +1,11 @@
 //! The host side of `wit/`: one file per interface.
 
+mod http;
 mod mailbox;
 mod worker;
 
+pub(super) use http::NoOutbound;
+pub(crate) use http::{BodyError, GuestBody, Respond, Scheme, Unfinished};
 pub(crate) use mailbox::{Full, Outbox};
 pub(crate) use worker::Identity;
 

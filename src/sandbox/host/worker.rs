@@ -1,5 +1,7 @@
 //! `wrun:guest/worker`: who am I.
 
+use std::sync::LazyLock;
+
 use serde::{Deserialize, Serialize};
 
 use crate::sandbox::{
@@ -22,6 +24,9 @@ pub(crate) struct Identity {
     pub(crate) process: bool,
 }
 
+/// It does not change, and to ask for it is a system call.
+static PID: LazyLock<u32> = LazyLock::new(std::process::id);
+
 impl Host for State {
     fn get_identity(&mut self) -> WitIdentity {
         let identity = &self.setup.identity;
@@ -30,7 +35,7 @@ impl Host for State {
             kind: if identity.process { Kind::Process } else { Kind::Thread },
             count: identity.count,
             generation: identity.generation,
-            pid: std::process::id(),
+            pid: *PID,
             name: identity.name.clone(),
         }
     }

@@ -1,7 +1,7 @@
 //! The guests that tests, benches and the README use: building this crate compiles `guests/`, and its constants are
 //! the paths of what came out.
 //!
-//! Handlers and commands are components; a name that ends in `_P1` is the same command as a module.
+//! Handlers, commands and HTTP guests are components; a name that ends in `_P1` is the same command as a module.
 
 use std::path::Path;
 
@@ -46,6 +46,37 @@ pub const HOSTILE_COMMAND: &str = env!("HOSTILE_COMMAND");
 
 /// [`HOSTILE_COMMAND`] as a module.
 pub const HOSTILE_COMMAND_P1: &str = env!("HOSTILE_COMMAND_P1");
+
+/// HTTP guest: fails in the way that the path says; its source lists what it knows.
+pub const CRASH: &str = env!("CRASH");
+
+/// HTTP guest: `{"pid":4711,"worker":1,"generation":1}`, whatever is asked.
+pub const HELLO_HTTP: &str = env!("HELLO_HTTP");
+
+/// HTTP guest: `/?ms=N` answers `{"slept":N}` after so long, and `/late?ms=N` ends its body after so long.
+pub const SLOW: &str = env!("SLOW");
+
+/// HTTP guest: `/?ms=N` answers `{"spun":N}` after so much computation, `/` and `/late` never end.
+pub const SPIN: &str = env!("SPIN");
+
+/// HTTP guest: `/?chunks=N&bytes=B&ms=M` sends chunks, and `POST /echo` gives body and trailers back as they come.
+pub const STREAM: &str = env!("STREAM");
+
+/// HTTP guest: tells what it is sent; its source lists the shapes.
+pub const UPLOAD: &str = env!("UPLOAD");
+
+/// HTTP guest that others wrote: the example `http_server` of the crate `wstd`, as it was published. It exports
+/// `wasi:cli/run` as well, prints `serving PATH` to stdout, and takes any method:
+///
+/// - `/` answers `Hello, wasi:http/proxy world!` and a line's end.
+/// - `/wait-response` and `/wait-body` answer `slept for N millis` after a second, `/stream-body` five lines in half a
+///   second.
+/// - `/echo`, `/echo-headers` and `/echo-trailers` give back that part of the request, and no other;
+///   `/echo-trailers` reads the body first.
+/// - `/response-status` answers the status that the header `x-response-status` says, or 500.
+/// - `/response-fail` answers an error instead of a response, and `/response-body-fail` breaks its body off.
+/// - All else, and whatever has a query, is 404.
+pub const FOREIGN_HTTP: &str = env!("FOREIGN_HTTP");
 
 /// The directory that all guests are in.
 #[must_use]

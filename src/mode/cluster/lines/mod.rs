@@ -14,10 +14,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use tokio::{
-    signal::unix::{Signal, SignalKind, signal},
-    sync::mpsc,
-};
+use tokio::sync::mpsc;
 
 use self::{
     input::{BATCHES, Line, read_lines},
@@ -27,26 +24,11 @@ use crate::{
     Error,
     event::Event,
     mode::cluster::{
-        Answer, Builder,
+        Answer, Builder, End,
         pool::{Client, Finish, Request, Stop},
+        signals::Signals,
     },
 };
-
-/// How the lines ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum End {
-    /// All lines are answered.
-    Done,
-    /// A signal asked for an early end. All lines that were read are answered, if only with `cancelled`.
-    Stopped {
-        /// The signal.
-        signal: i32,
-        /// Whether workers had to be killed.
-        killed: bool,
-    },
-    /// Nobody reads the answers any more.
-    OutputClosed,
-}
 
 /// Runs a pool on the lines of `input` until its end, or until SIGINT or SIGTERM. Events go to `events`.
 ///
@@ -168,28 +150,5 @@ impl Client for Lines {
 
     fn flush(&mut self) {
         self.answers.flush();
-    }
-}
-
-/// The signals that end a pool politely.
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-}
-
-impl Signals {
-    fn new() -> io::Result<Self> {
-        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<i32> {
-        for (signal, kind) in
-            [(&mut self.interrupt, SignalKind::interrupt()), (&mut self.terminate, SignalKind::terminate())]
-        {
-            if let Poll::Ready(Some(())) = signal.poll_recv(cx) {
-                return Poll::Ready(kind.as_raw_value());
-            }
-        }
-        Poll::Pending
     }
 }

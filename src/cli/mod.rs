@@ -1,21 +1,20 @@
 //! The command line: flags, help, and what they become.
 
-use std::{
-    path::{Path, PathBuf},
-    time::Duration,
-};
+mod cluster;
+
+use std::{path::PathBuf, time::Duration};
 
 use clap::{
     Args, Parser, Subcommand, ValueEnum,
     builder::{OsStringValueParser, TypedValueParser},
 };
 use wrun::{
-    Cache, Cluster, Error, Restart,
-    cluster::{Builder, InstanceLife, Interrupt},
+    Cache,
     grant::{DirGrant, Grants, parse_env},
     limits::{Bytes, Limits, parse_duration},
-    message::Message,
 };
+
+pub(crate) use self::cluster::{ClusterArgs, LISTEN};
 
 /// Run WebAssembly guests in parallel, each in a sandbox
 #[derive(Debug, Parser)]
@@ -38,9 +37,10 @@ const EXIT_CODES: &str = "\
 Exit codes: the guest's own, or
     2  usage or configuration          126  not a runnable guest
    70  every worker failed             127  no such guest
-  123  another limit, or protocol      134  trap
-  124  time or fuel limit              137  memory limit, or killed
-  125  wrun could not do it          128+n  ended by signal n";
+   98  address in use                  134  trap
+  123  another limit, or protocol      137  memory limit, or killed
+  124  time or fuel limit            128+n  ended by signal n
+  125  wrun could not do it";
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum LogFormat {
@@ -54,7 +54,7 @@ pub(crate) enum LogFormat {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Run(RunArgs),
-    Cluster(ClusterArgs),
+    Cluster(Box<ClusterArgs>),
     Inspect(InspectArgs),
     Compile(CompileArgs),
 }
@@ -87,93 +87,6 @@ pub(crate) struct RunArgs {
     // clap's own parser of paths refuses the empty one, which stands for no file
     #[arg(default_missing_value = "", value_parser = OsStringValueParser::new().map(PathBuf::from))]
     pub(crate) json: Option<PathBuf>,
-}
-
-/// Run a handler guest as a pool of supervised worker processes
-///
-/// Every line of standard input is a task, one JSON value; the answers come on standard output as lines
-/// `{"line":N,"reply":…}` or `{"line":N,"error":{…}}`. The end of the input drains the pool.
-#[derive(Debug, Args)]
-#[command(after_help = "Example:\n  seq 20 35 | wrun cluster -w 4 --ordered fib.wasm")]
-pub(crate) struct ClusterArgs {
-    /// The guest: a component that exports `wrun:guest/handler`; `-` is not possible, standard input has the tasks
-    pub(crate) guest: PathBuf,
-    /// How many worker processes [default: one per core]
-    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Pool")]
-    pub(crate) workers: Option<u32>,
-    /// What an instance lives for
-    #[arg(long, value_enum, default_value_t, help_heading = "Pool")]
-    pub(crate) instance: InstanceArg,
-    /// The JSON value that `worker.get-data` answers
-    #[arg(long, value_name = "JSON", default_value = "null", help_heading = "Pool")]
-    pub(crate) data: String,
-    /// Answer in the order of the input
-    #[arg(long, help_heading = "Pool")]
-    pub(crate) ordered: bool,
-    /// How often a task is tried again when its worker dies
-    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Pool")]
-    pub(crate) retries: u32,
-    /// When a dead worker is replaced
-    #[arg(long, value_enum, default_value_t, help_heading = "Pool")]
-    pub(crate) restart: RestartArg,
-    /// How long work in flight may take after a polite stop
-    #[arg(long, value_parser = parse_duration, value_name = "TIME", default_value = "10s", help_heading = "Pool")]
-    pub(crate) grace: Duration,
-    /// How long a worker may go without a heartbeat
-    #[arg(long, value_parser = parse_duration, value_name = "TIME", default_value = "5s", help_heading = "Pool")]
-    pub(crate) heartbeat: Duration,
-    /// How a task that is out of time is ended: with its worker, or by checks compiled into the guest
-    #[arg(long, value_enum, default_value_t, help_heading = "Pool")]
-    pub(crate) interrupt: InterruptArg,
-    #[command(flatten)]
-    pub(crate) grants: GrantArgs,
-    #[command(flatten)]
-    pub(crate) limits: LimitArgs,
-    /// The longest that a task may take; `0s` = no limit
-    #[arg(long, value_parser = parse_duration, value_name = "TIME", default_value = "30s", help_heading = "Limits")]
-    pub(crate) timeout: Duration,
-    /// The longest message, either way
-    #[arg(long, value_name = "SIZE", default_value = "1MiB", help_heading = "Limits")]
-    pub(crate) message_max: Bytes,
-    /// How many tasks may wait in the pool; more input is not read before there is room
-    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..), help_heading = "Limits")]
-    pub(crate) queue: u32,
-    /// How many tasks a worker handles at once, each in an instance of its own
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Limits")]
-    pub(crate) concurrency: u32,
-    #[command(flatten)]
-    pub(crate) cache: CacheArgs,
-}
-
-#[derive(Debug, Clone, Copy, Default, ValueEnum)]
-pub(crate) enum InstanceArg {
-    /// The worker: what it keeps in memory is there for the next task
-    #[default]
-    Worker,
-    /// One task
-    Task,
-}
-
-#[derive(Debug, Clone, Copy, Default, ValueEnum)]
-pub(crate) enum RestartArg {
-    /// Never
-    Never,
-    /// When it crashed or exited with another code than 0
-    OnFailure,
-    /// Whenever it is gone
-    #[default]
-    Always,
-}
-
-#[derive(Debug, Clone, Copy, Default, ValueEnum)]
-pub(crate) enum InterruptArg {
-    /// Kill the worker: its loops run at full speed
-    Kill,
-    /// Checks in loops: the worker lives on, tight loops are 2 to 5 times slower
-    Epoch,
-    /// `epoch` when a worker handles several tasks at once, else `kill`
-    #[default]
-    Auto,
 }
 
 /// Say what a guest is, what it asks for, and which modes can run it
@@ -253,47 +166,6 @@ impl GrantArgs {
 impl LimitArgs {
     pub(crate) fn limits(&self, timeout: Option<Duration>, message_max: Bytes) -> Limits {
         Limits { memory: self.memory, timeout, fuel: self.fuel, stack: self.stack, message_max }
-    }
-}
-
-impl ClusterArgs {
-    /// The pool that the flags describe.
-    pub(crate) fn builder(self) -> Result<Builder, Error> {
-        if self.guest == Path::new("-") {
-            return Err(Error::Usage("expected a file for the guest: standard input has the tasks".into()));
-        }
-        let timeout = Some(self.timeout).filter(|timeout| !timeout.is_zero());
-        let limits = self.limits.limits(timeout, self.message_max);
-        let data = Message::check(self.data.as_bytes(), self.message_max.as_usize())
-            .map_err(|error| Error::Usage(format!("expected JSON for `--data`, but it is {error}")))?;
-        let mut builder = Cluster::builder(self.guest)
-            .limits(limits)
-            .grants(self.grants.grants())
-            .cache(self.cache.cache())
-            .data(data)
-            .instance(match self.instance {
-                InstanceArg::Worker => InstanceLife::Worker,
-                InstanceArg::Task => InstanceLife::Task,
-            })
-            .interrupt(match self.interrupt {
-                InterruptArg::Kill => Interrupt::Kill,
-                InterruptArg::Epoch => Interrupt::Epoch,
-                InterruptArg::Auto => Interrupt::Auto,
-            })
-            .restart(match self.restart {
-                RestartArg::Never => Restart::Never,
-                RestartArg::OnFailure => Restart::OnFailure,
-                RestartArg::Always => Restart::Always,
-            })
-            .concurrency(self.concurrency)
-            .queue(self.queue as usize)
-            .retries(self.retries)
-            .heartbeat(self.heartbeat)
-            .grace(self.grace);
-        if let Some(workers) = self.workers {
-            builder = builder.workers(workers);
-        }
-        Ok(builder)
     }
 }
 

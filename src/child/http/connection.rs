@@ -1,0 +1,323 @@
+//! One connection: its bytes on their way to the server and back, what it may take its time for, and its end.
+//!
+//! Time is watched from outside: a connection notes what it waits for and since when, and [`watch`] looks at all of them
+//! now and then. A request then costs no timer, and ten thousand idle connections cost two looks a second.
+
+use std::{
+    cell::{Cell, RefCell},
+    convert::Infallible,
+    future::{Future, poll_fn},
+    io,
+    net::IpAddr,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, Waker},
+    time::{Duration, Instant},
+};
+
+use hyper::{
+    rt::{Read, ReadBufCursor, Write},
+    server::conn::http1,
+    service::service_fn,
+};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    net::TcpStream,
+};
+
+use super::{
+    Server,
+    framing::{Doing, Framing, Refused},
+    request,
+};
+use crate::limits::HttpLimits;
+
+/// How often connections are looked at: so often within the shortest of their times, but within these bounds.
+const LOOKS: u32 = 4;
+const LOOK_MIN: Duration = Duration::from_millis(10);
+const LOOK_MAX: Duration = Duration::from_millis(500);
+
+/// What a client gets that takes too long for the head of a request.
+const TOO_SLOW: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+
+/// What is known of a connection.
+pub(super) struct Connection {
+    pub(super) peer: IpAddr,
+    /// Whether a request of it is at work or its response on the way.
+    pub(super) busy: Cell<bool>,
+    doing: Cell<Doing>,
+    /// When the client last did what it is doing; for a head, when that began.
+    since: Cell<Instant>,
+    /// Whether the server wants to read, and nothing is there.
+    reads: Cell<bool>,
+    /// Since when the client takes nothing of what is written.
+    writes: Cell<Option<Instant>>,
+    order: Cell<Option<Order>>,
+    waker: RefCell<Option<Waker>>,
+    /// Why something was refused before it was a request.
+    refused: Cell<Option<&'static str>>,
+}
+
+/// What is to become of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Order {
+    /// It ends after the request that it is busy with.
+    Finish,
+    /// It ends now.
+    Cut,
+    /// It ends now, and the client is told that it took too long.
+    TooSlow,
+}
+
+impl Connection {
+    pub(super) fn new(peer: IpAddr) -> Self {
+        Self {
+            peer,
+            busy: Cell::new(false),
+            doing: Cell::new(Doing::Nothing),
+            since: Cell::new(Instant::now()),
+            reads: Cell::new(false),
+            writes: Cell::new(None),
+            order: Cell::new(None),
+            waker: RefCell::new(None),
+            refused: Cell::new(None),
+        }
+    }
+
+    /// Lets it end after the request that it is busy with, or now when it has none.
+    pub(super) fn finish(&self) {
+        self.command(Order::Finish);
+    }
+
+    /// Notes that its last response is on its way to the end.
+    pub(super) fn rest(&self) {
+        self.busy.set(false);
+        if self.doing.get() != Doing::Head {
+            self.since.set(Instant::now());
+        }
+    }
+
+    fn command(&self, order: Order) {
+        self.order.set(Some(order));
+        if let Some(waker) = self.waker.borrow().as_ref() {
+            waker.wake_by_ref();
+        }
+    }
+
+    /// What is to become of it, if it takes too long for something.
+    fn overdue(&self, limits: &HttpLimits, now: Instant) -> Option<Order> {
+        let over = |since: Instant, limit: Duration| now.duration_since(since) >= limit;
+        if self.writes.get().is_some_and(|since| over(since, limits.write_timeout)) {
+            return Some(Order::Cut);
+        }
+        match self.doing.get() {
+            // the next request waits until this one is answered
+            Doing::Nothing | Doing::Head if self.busy.get() => None,
+            Doing::Nothing => over(self.since.get(), limits.idle_timeout).then_some(Order::Finish),
+            Doing::Head => over(self.since.get(), limits.head_timeout).then_some(Order::TooSlow),
+            // while the guest does not want to read, it is not the client who pauses
+            Doing::Body => (self.reads.get() && over(self.since.get(), limits.idle_timeout)).then_some(Order::Cut),
+        }
+    }
+}
+
+/// Looks at all connections, as long as it is polled.
+pub(super) async fn watch(server: Rc<Server>) {
+    let limits = &server.config.http;
+    let shortest = limits.head_timeout.min(limits.idle_timeout).min(limits.write_timeout);
+    let pause = (shortest / LOOKS).clamp(LOOK_MIN, LOOK_MAX);
+    loop {
+        tokio::time::sleep(pause).await;
+        let now = Instant::now();
+        server.connections.borrow_mut().retain(|connection| {
+            let Some(connection) = connection.upgrade() else { return false };
+            if let Some(order) = connection.overdue(limits, now) {
+                connection.command(order);
+            }
+            true
+        });
+    }
+}
+
+/// Serves a connection to its end.
+pub(super) async fn run(server: Rc<Server>, stream: TcpStream, peer: IpAddr) {
+    let _counted = Counted(server.clone());
+    let connection = Rc::new(Connection::new(peer));
+    server.connections.borrow_mut().push(Rc::downgrade(&connection));
+    let head_max = server.config.http.head.as_usize();
+    let io = Io { stream, framing: Framing::new(head_max), server: server.clone(), connection: connection.clone() };
+    let (of_service, to_service) = (server.clone(), connection.clone());
+    let service = service_fn(move |request| {
+        let (server, connection) = (of_service.clone(), to_service.clone());
+        async move { Ok::<_, Infallible>(request::answer(server, connection, request).await) }
+    });
+    let mut http = http1::Builder::new();
+    // time is watched here
+    http.header_read_timeout(None).max_header_size(head_max).max_buf_size(head_max.max(BUFFER));
+    let mut serving = http.serve_connection(io, service);
+    let end = poll_fn(|cx| {
+        match &mut *connection.waker.borrow_mut() {
+            Some(waker) => waker.clone_from(cx.waker()),
+            none => *none = Some(cx.waker().clone()),
+        }
+        match connection.order.take() {
+            None => {}
+            Some(Order::Finish) => Pin::new(&mut serving).graceful_shutdown(),
+            Some(order) => return Poll::Ready(Some(order)),
+        }
+        // how it ended is for the client to know
+        Pin::new(&mut serving).poll(cx).map(|_| None)
+    })
+    .await;
+    let Io { stream, framing, .. } = serving.into_parts().io;
+    if end == Some(Order::TooSlow) {
+        // there is room: nothing else was written
+        let _ = stream.try_write(TOO_SLOW);
+    }
+    if server.config.access_log {
+        match connection.refused.get() {
+            Some(reason) => request::log_refused(&server, &connection, 400, reason),
+            None if end == Some(Order::TooSlow) => {
+                request::log_refused(&server, &connection, 408, "its head took too long");
+            }
+            None => {}
+        }
+    }
+    if end.is_none() && framing.doing() != Doing::Nothing {
+        let _ = tokio::time::timeout(LINGER, discard(stream)).await;
+    }
+}
+
+/// How long a client that is still sending may take to see that it was answered.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// Takes what a client still sends after its last response. To close at once would reset the connection, and the client
+/// would lose the response that says why.
+async fn discard(mut stream: TcpStream) -> io::Result<()> {
+    stream.shutdown().await?;
+    let mut bytes = [0; 4 << 10];
+    while stream.read(&mut bytes).await? > 0 {}
+    Ok(())
+}
+
+/// The least that the server may buffer each way.
+const BUFFER: usize = 64 << 10;
+
+/// Counts a connection as long as it is there.
+struct Counted(Rc<Server>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.note_connections(-1);
+        self.0.ended.notify_one();
+    }
+}
+
+/// The server's side of a connection.
+struct Io {
+    stream: TcpStream,
+    framing: Framing,
+    server: Rc<Server>,
+    connection: Rc<Connection>,
+}
+
+impl Read for Io {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, mut to: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
+        let Self { stream, framing, server, connection } = self.get_mut();
+        let mut scratch = server.scratch.borrow_mut();
+        let max = to.remaining().min(scratch.len());
+        let mut bytes = ReadBuf::new(&mut scratch[..max]);
+        match Pin::new(stream).poll_read(cx, &mut bytes) {
+            Poll::Pending => {
+                connection.reads.set(true);
+                return Poll::Pending;
+            }
+            Poll::Ready(result) => result?,
+        }
+        connection.reads.set(false);
+        let before = framing.doing();
+        match framing.look(bytes.filled()) {
+            Ok(()) => to.put_slice(bytes.filled()),
+            Err(Refused { good, poison, reason }) => {
+                connection.refused.set(Some(reason));
+                to.put_slice(&bytes.filled()[..good]);
+                to.put_slice(&poison[..poison.len().min(to.remaining())]);
+            }
+        }
+        let now = framing.doing();
+        // the time for a head runs from its first byte
+        if now != Doing::Head || before != Doing::Head {
+            connection.since.set(Instant::now());
+        }
+        connection.doing.set(now);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Io {
+    fn wrote<T>(&self, result: Poll<T>) -> Poll<T> {
+        match &result {
+            Poll::Pending if self.connection.writes.get().is_none() => self.connection.writes.set(Some(Instant::now())),
+            Poll::Pending => {}
+            Poll::Ready(_) => self.connection.writes.set(None),
+        }
+        result
+    }
+}
+
+impl Write for Io {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.wrote(result)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
+        self.wrote(result)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_runs_for_what_the_client_does() {
+        let limits = HttpLimits {
+            head_timeout: Duration::from_secs(1),
+            idle_timeout: Duration::from_secs(3),
+            write_timeout: Duration::from_secs(2),
+            ..HttpLimits::default()
+        };
+        let connection = Connection::new([127, 0, 0, 1].into());
+        let start = connection.since.get();
+        let after = |seconds| connection.overdue(&limits, start + Duration::from_secs(seconds));
+        assert_eq!((after(2), after(3)), (None, Some(Order::Finish)), "idle");
+        connection.doing.set(Doing::Head);
+        assert_eq!((after(0), after(1)), (None, Some(Order::TooSlow)), "a head");
+        connection.busy.set(true);
+        assert_eq!(after(9), None, "while a request is at work, the next may wait");
+        connection.doing.set(Doing::Body);
+        assert_eq!(after(9), None, "a guest that does not read");
+        connection.reads.set(true);
+        assert_eq!((after(2), after(3)), (None, Some(Order::Cut)), "a body");
+        connection.writes.set(Some(start));
+        assert_eq!((after(1), after(2)), (None, Some(Order::Cut)), "a response that is not taken");
+    }
+}

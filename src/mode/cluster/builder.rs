@@ -1,0 +1,566 @@
+//! How a pool is made: what it runs, how many, within which bounds, and what its work comes from.
+
+use std::{
+    future::Future,
+    net::SocketAddr,
+    os::fd::{AsFd, BorrowedFd},
+    path::PathBuf,
+    pin::Pin,
+    sync::Arc,
+    time::Duration,
+};
+
+use ipnet::IpNet;
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use super::{
+    Cluster, Handle, Order, Work,
+    pool::{Client, Pool, PoolLimits},
+    server::{Port, Server},
+};
+use crate::{
+    Error,
+    child::{ListenConfig, WorkerConfig, compile_aside, find_compiled, inspect_aside},
+    event::Event,
+    grant::Grants,
+    limits::{Bytes, HttpLimits, Limits},
+    message::Message,
+    process::{Process, Program, Role},
+    sandbox::{Cache, EngineSpec, Form, Guest, Identity, LoadError, Pool as EnginePool, Shape},
+    supervisor::{EventSink, Launch, Policy, Restart, Supervisor, Watch},
+};
+
+/// What may be queued in a pool, in bytes, beside the number of tasks.
+const QUEUE_BYTES: usize = 64 << 20;
+
+/// How long a worker may take to get ready.
+const READY_WITHIN: Duration = Duration::from_secs(30);
+
+/// How long after a task's deadline its worker is killed when it should have ended the task itself.
+const BACKSTOP: Duration = Duration::from_secs(5);
+
+/// The most memory of one instance: what a 32-bit guest can address.
+const MEMORY_MAX: Bytes = Bytes::mib(4096);
+
+/// What a frame may have beyond the longest message: outcomes with their backtraces, lines, access records.
+const FRAME_SLACK: u32 = 256 << 10;
+
+/// How many requests a worker handles at once by default: they wait more than they compute.
+const HTTP_CONCURRENCY: u32 = 64;
+
+/// What an instance lives for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum InstanceLife {
+    /// The worker: what it keeps in memory is there for the next task.
+    #[default]
+    Worker,
+    /// One task.
+    Task,
+}
+
+/// How a task that is out of time is ended.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Interrupt {
+    /// With its worker. The guest is compiled without checks, so its loops run at full speed.
+    Kill,
+    /// By checks that are compiled into it: the worker lives on, tight loops are slower.
+    Epoch,
+    /// [`Interrupt::Epoch`] when a worker handles several tasks at once, else [`Interrupt::Kill`].
+    #[default]
+    Auto,
+}
+
+/// How connections get to the workers of a port.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Balance {
+    /// All accept from one socket, and who holds more than its share lets others go first. The connections that wait
+    /// belong to nobody, so none of them feels it when a worker dies.
+    #[default]
+    Shared,
+    /// Each slot has a socket of its own, and the kernel spreads connections over them by their addresses. Those that
+    /// wait at the socket of a dead worker wait for its successor.
+    Slots,
+}
+
+/// How to make a pool.
+#[derive(Debug, Clone)]
+#[must_use = "no pool is there before it is started"]
+pub struct Builder {
+    guest: PathBuf,
+    workers: u32,
+    program: Program,
+    cache: Cache,
+    grants: Grants,
+    pub(super) limits: Limits,
+    data: Message,
+    life: Option<InstanceLife>,
+    reuse: Option<u64>,
+    interrupt: Interrupt,
+    concurrency: Option<u32>,
+    pub(super) queue: usize,
+    retries: u32,
+    restart: Restart,
+    heartbeat: Duration,
+    grace: Duration,
+    listen: Option<SocketAddr>,
+    http: HttpLimits,
+    balance: Balance,
+    access_log: bool,
+    trusted: Vec<IpNet>,
+    probe: Option<String>,
+    requests_max: Option<u64>,
+    process_memory_max: Option<Bytes>,
+}
+
+impl Builder {
+    pub(super) fn new(guest: PathBuf) -> Self {
+        Self {
+            guest,
+            workers: std::thread::available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(1)),
+            program: Program::Own,
+            cache: Cache::at(None),
+            grants: Grants::default(),
+            limits: Limits::of_a_task(),
+            data: Message::null(),
+            life: None,
+            reuse: None,
+            interrupt: Interrupt::default(),
+            concurrency: None,
+            queue: 1024,
+            retries: 0,
+            restart: Restart::default(),
+            heartbeat: Duration::from_secs(5),
+            grace: Duration::from_secs(10),
+            listen: None,
+            http: HttpLimits::default(),
+            balance: Balance::default(),
+            access_log: false,
+            trusted: vec![],
+            probe: None,
+            requests_max: None,
+            process_memory_max: None,
+        }
+    }
+
+    /// How many worker processes; default one per core.
+    pub fn workers(mut self, workers: u32) -> Self {
+        self.workers = workers;
+        self
+    }
+
+    /// The program that workers are made of, when it is not this one: a `wrun` of the same version.
+    pub fn program(mut self, path: impl Into<PathBuf>) -> Self {
+        self.program = Program::At(path.into());
+        self
+    }
+
+    /// Where compiled code is kept; default the user's cache folder.
+    pub fn cache(mut self, cache: Cache) -> Self {
+        self.cache = cache;
+        self
+    }
+
+    /// What the guest may touch; default nothing.
+    pub fn grants(mut self, grants: Grants) -> Self {
+        self.grants = grants;
+        self
+    }
+
+    /// What bounds each instance and each task; default [`Limits::of_a_task`].
+    pub fn limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// What `worker.get-data` answers; default `null`.
+    pub fn data(mut self, data: Message) -> Self {
+        self.data = data;
+        self
+    }
+
+    /// What an instance lives for; default the worker for handlers, one request for http guests.
+    pub fn instance(mut self, life: InstanceLife) -> Self {
+        self.life = Some(life);
+        self
+    }
+
+    /// For how many tasks or requests an instance is used that lives as long as its worker; default no end.
+    pub fn reuse(mut self, uses: u64) -> Self {
+        self.reuse = Some(uses);
+        self
+    }
+
+    /// How a task that is out of time is ended; default [`Interrupt::Auto`].
+    pub fn interrupt(mut self, interrupt: Interrupt) -> Self {
+        self.interrupt = interrupt;
+        self
+    }
+
+    /// How many tasks or requests a worker handles at once, each in an instance of its own; default 1 for handlers and
+    /// 64 for http guests. More is for guests that wait, not for those that compute: a worker has one thread.
+    pub fn concurrency(mut self, tasks: u32) -> Self {
+        self.concurrency = Some(tasks);
+        self
+    }
+
+    /// How many tasks may wait in the pool; default 1,024, and never more than 64 MiB. Of a pool that serves a port, how
+    /// many requests may wait in all its workers; with 0, what cannot run at once is refused.
+    pub fn queue(mut self, tasks: usize) -> Self {
+        self.queue = tasks;
+        self
+    }
+
+    /// How often a task is tried again when its worker dies; default 0. Only for tasks that may be done twice.
+    pub fn retries(mut self, retries: u32) -> Self {
+        self.retries = retries;
+        self
+    }
+
+    /// When a dead worker is replaced; default always.
+    pub fn restart(mut self, restart: Restart) -> Self {
+        self.restart = restart;
+        self
+    }
+
+    /// How long a worker may go without a heartbeat before it is replaced; default 5 s.
+    pub fn heartbeat(mut self, time: Duration) -> Self {
+        self.heartbeat = time;
+        self
+    }
+
+    /// How long work in flight may take after a polite stop; default 10 s.
+    pub fn grace(mut self, time: Duration) -> Self {
+        self.grace = time;
+        self
+    }
+
+    /// Serves a port: http guests answer its requests, handlers the messages that are posted to it. Port 0 is any that is
+    /// free, see [`Cluster::address`].
+    ///
+    /// ```standalone_crate
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::io::{Read, Write};
+    /// use wrun::Cluster;
+    ///
+    /// wrun::init(); // workers are this program, started again
+    /// # let guest = guest_artifacts::HELLO_HTTP;
+    /// # let rt = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    /// # rt.block_on(async {
+    /// let site = Cluster::builder(guest).workers(2).listen("127.0.0.1:0".parse()?).start().await?;
+    ///
+    /// let mut client = std::net::TcpStream::connect(site.address().expect("it listens"))?;
+    /// client.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
+    /// let mut response = String::new();
+    /// client.read_to_string(&mut response)?;
+    /// assert!(response.ends_with("\"generation\":1}"), "{response}");
+    ///
+    /// site.reload().await?; // no request is lost
+    /// site.shutdown().await?; // what is in flight is finished
+    /// # Ok(()) })
+    /// # }
+    /// ```
+    pub fn listen(mut self, address: SocketAddr) -> Self {
+        self.listen = Some(address);
+        self
+    }
+
+    /// What bounds the clients of the port.
+    pub fn http(mut self, limits: HttpLimits) -> Self {
+        self.http = limits;
+        self
+    }
+
+    /// How connections get to the workers; default [`Balance::Shared`].
+    pub fn balance(mut self, balance: Balance) -> Self {
+        self.balance = balance;
+        self
+    }
+
+    /// Tells of each request, as [`Event::Access`]; default not.
+    pub fn access_log(mut self, wanted: bool) -> Self {
+        self.access_log = wanted;
+        self
+    }
+
+    /// Whose `x-forwarded-*`, `forwarded` and `x-request-id` headers are believed; default nobody's, and they are
+    /// removed.
+    pub fn trust_proxies(mut self, proxies: impl IntoIterator<Item = IpNet>) -> Self {
+        self.trusted = proxies.into_iter().collect();
+        self
+    }
+
+    /// A path that each worker asks its guest for before it is ready; another answer than a success is a failed start.
+    pub fn probe(mut self, path: impl Into<String>) -> Self {
+        self.probe = Some(path.into());
+        self
+    }
+
+    /// After how many requests a worker is replaced, without losing one; default never.
+    pub fn requests_max(mut self, requests: u64) -> Self {
+        self.requests_max = Some(requests);
+        self
+    }
+
+    /// At how much memory of its process a worker of a port is replaced, without losing a request; default never. It is
+    /// looked at five times within the heartbeat time.
+    pub fn process_memory_max(mut self, memory: Bytes) -> Self {
+        self.process_memory_max = Some(memory);
+        self
+    }
+
+    /// Starts the pool on a thread of its own, and waits until its guest is compiled and its first worker is ready.
+    ///
+    /// # Errors
+    /// When the guest cannot be loaded or is no handler, something granted is not there, no worker gets ready, or
+    /// [`init`](crate::init) was not called first.
+    pub async fn start(self) -> Result<Cluster, Error> {
+        let (started, ready) = oneshot::channel();
+        // The kernel ends workers together with the thread that made them, so that thread is the pool's own.
+        let thread = std::thread::Builder::new()
+            .name("wrun-pool".into())
+            .spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+                let runtime = match runtime.map_err(Error::io("start the runtime")) {
+                    Ok(runtime) => runtime,
+                    Err(error) => {
+                        let _ = started.send(Err(error));
+                        return Ok(());
+                    }
+                };
+                runtime.block_on(async {
+                    match self.start_here().await {
+                        Ok((cluster, run)) => {
+                            let _ = started.send(Ok(cluster));
+                            run.await
+                        }
+                        Err(error) => {
+                            let _ = started.send(Err(error));
+                            Ok(())
+                        }
+                    }
+                })
+            })
+            .map_err(Error::io("start the pool's thread"))?;
+        let mut cluster = ready.await.map_err(|_| Error::Stopped)??;
+        cluster.thread = Some(thread);
+        Ok(cluster)
+    }
+
+    /// As [`Builder::start`], for a program that lets the pool run on its own thread: nothing moves unless the future
+    /// that comes with it is polled. It resolves when the pool has ended.
+    ///
+    /// A task then costs no more than the wake-ups of the worker and of this thread. But the kernel ends the workers
+    /// together with this thread, so it must live as long as they are wanted.
+    ///
+    /// # Errors
+    /// As [`Builder::start`].
+    pub async fn start_here(self) -> Result<(Cluster, impl Future<Output = Result<(), Error>>), Error> {
+        let (events, _) = broadcast::channel(1024);
+        let (orders, ordered) = mpsc::unbounded_channel();
+        let (online, mut first) = mpsc::unbounded_channel::<()>();
+        let told = events.clone();
+        let sink: EventSink = Box::new(move |event| {
+            if matches!(event, Event::Online { .. }) {
+                let _ = online.send(());
+            }
+            // nobody may be listening
+            let _ = told.send(event);
+        });
+        let work;
+        let mut run: Pin<Box<dyn Future<Output = Result<(), Error>>>> = if self.listen.is_some() {
+            let server = self.server(ordered, sink).await?;
+            work = Work::Port(server.address());
+            Box::pin(async move { server.run().await.map(drop) })
+        } else {
+            let (tasks, submitted) = mpsc::channel(self.queue.max(1));
+            work = Work::Tasks(tasks);
+            let mut pool = self.pool(Handle { submitted, ordered, finished: vec![] }, sink).await?;
+            Box::pin(async move { pool.run().await.map(drop).map_err(Error::of_pool) })
+        };
+        tokio::select! {
+            ended = &mut run => return Err(ended.err().unwrap_or(Error::Stopped)),
+            _ = first.recv() => {}
+        }
+        Ok((Cluster { work, orders: Some(orders), events, thread: None }, run))
+    }
+
+    /// Takes the port, compiles the guest and makes what serves it; its workers start when it runs.
+    pub(super) async fn server(
+        mut self,
+        orders: mpsc::UnboundedReceiver<Order>,
+        events: EventSink,
+    ) -> Result<Server, Error> {
+        let address = self.listen.ok_or_else(|| Error::Usage("expected an address to listen on".into()))?;
+        self.check()?;
+        let port = Arc::new(Port::bind(address, self.balance, self.workers)?);
+        // the others take the same when their guest is reloaded
+        self.listen = Some(port.address());
+        let launch = self.launch(Some(port.clone())).await?;
+        let supervisor = Supervisor::new(self.workers, self.watch(), launch, events);
+        Ok(Server::new(supervisor, port, self, orders))
+    }
+
+    /// Compiles the guest and makes the pool; its workers start when it runs.
+    pub(super) async fn pool<C: Client>(self, client: C, events: EventSink) -> Result<Pool<C>, Error> {
+        self.check()?;
+        let launch = self.launch(None).await?;
+        let supervisor = Supervisor::new(self.workers, self.watch(), launch, events);
+        let concurrency = self.concurrency.unwrap_or(1);
+        let bounds = PoolLimits {
+            queue: self.queue.max(1),
+            queue_bytes: QUEUE_BYTES,
+            retries: self.retries,
+            kill_after: self.limits.timeout.map(
+                |timeout| {
+                    if self.epoch_checks() { timeout + BACKSTOP } else { timeout }
+                },
+            ),
+        };
+        Ok(Pool::new(supervisor, self.workers, concurrency, self.limits, bounds, client))
+    }
+
+    /// What the guest is, as a child says; none when wrun knows no way to run it.
+    pub(super) async fn shape(&self) -> Result<Option<Shape>, Error> {
+        let guest = Guest::read(&self.guest)?;
+        for listen in [None, Some(SocketAddr::from(([127, 0, 0, 1], 0)))] {
+            let spec = Self { listen, ..self.clone() }.engine(1);
+            if let Some(code) = find_compiled(&self.cache, spec, &guest)? {
+                return Ok(code.inspection.shape);
+            }
+        }
+        Ok(inspect_aside(&self.program, &guest).await?.shape)
+    }
+
+    fn watch(&self) -> Watch {
+        Watch {
+            policy: Policy { restart: self.restart, ..Policy::default() },
+            heartbeat: self.heartbeat,
+            ready_within: READY_WITHIN,
+            grace: self.grace,
+            memory_max: self.process_memory_max.filter(|_| self.listen.is_some()),
+        }
+    }
+
+    /// Whether guests are compiled with checks. Those of a port are: to end one that is out of time with its worker
+    /// would end the connections of others, too.
+    fn epoch_checks(&self) -> bool {
+        match self.interrupt {
+            _ if self.listen.is_some() => true,
+            Interrupt::Kill => false,
+            Interrupt::Epoch => true,
+            Interrupt::Auto => self.concurrency.is_some_and(|tasks| tasks > 1),
+        }
+    }
+
+    fn engine(&self, concurrency: u32) -> EngineSpec {
+        EngineSpec {
+            epoch_checks: self.epoch_checks(),
+            fuel: self.limits.fuel.is_some(),
+            stack: self.limits.stack,
+            pool: Some(EnginePool { instances: concurrency, memory: self.limits.memory }),
+        }
+    }
+
+    /// Compiles the guest as it is now: what makes workers of it, for a port or for tasks.
+    pub(super) async fn launch(&self, port: Option<Arc<Port>>) -> Result<Launch, Error> {
+        let guest = Guest::read(&self.guest)?;
+        let name = guest.name.clone();
+        let code = compile_aside(&self.program, &self.cache, self.engine(1), guest).await?;
+        let inspection = code.inspection.clone();
+        let (found, form) = (inspection.shape, inspection.form);
+        let fits = match found {
+            Some(Shape::Handler) => form == Form::Component,
+            Some(Shape::Http) => form == Form::Component && port.is_some(),
+            _ => false,
+        };
+        if !fits {
+            let expected = if port.is_some() { Shape::Http } else { Shape::Handler };
+            return Err(LoadError::WrongShape { expected, found, form }.into());
+        }
+        let needs = Bytes(inspection.memory_min);
+        if needs > self.limits.memory {
+            return Err(LoadError::NeedsMemory { needs, limit: self.limits.memory }.into());
+        }
+        let is_handler = found == Some(Shape::Handler);
+        if is_handler && self.probe.is_some() {
+            return Err(Error::Usage("a handler has no path that could be probed".into()));
+        }
+        let concurrency = self.concurrency.unwrap_or(if is_handler { 1 } else { HTTP_CONCURRENCY });
+        let life = match self.life {
+            Some(life) => life,
+            None if is_handler || self.reuse.is_some() => InstanceLife::Worker,
+            None => InstanceLife::Task,
+        };
+        let mut config = WorkerConfig {
+            engine: self.engine(concurrency),
+            inspection,
+            grants: self.grants.clone(),
+            limits: self.limits.clone(),
+            identity: Identity { id: 0, count: self.workers, generation: 0, name, process: true },
+            data: self.data.clone(),
+            reuse: match life {
+                InstanceLife::Task => 1,
+                InstanceLife::Worker => self.reuse.unwrap_or(u64::MAX),
+            },
+            concurrency,
+            beat: self.heartbeat / 10,
+            listen: port.as_ref().map(|_| ListenConfig {
+                http: self.http.clone(),
+                queue: u32::try_from(self.queue.div_ceil(self.workers as usize)).unwrap_or(u32::MAX),
+                access_log: self.access_log,
+                trusted: self.trusted.clone(),
+                probe: self.probe.clone(),
+                requests_max: self.requests_max,
+            }),
+        };
+        let body_max = u32::try_from(self.limits.message_max.0).unwrap_or(u32::MAX).saturating_add(FRAME_SLACK);
+        let program = self.program.clone();
+        Ok(Box::new(move |worker, generation| {
+            (config.identity.id, config.identity.generation) = (worker, generation);
+            let start = |fds: &[BorrowedFd<'_>]| Process::start(&program, Role::Worker, &config, fds, body_max);
+            match &port {
+                None => start(&[code.as_fd()]),
+                Some(port) => {
+                    port.with_listener(worker, |listener| start(&[code.as_fd(), port.board().as_fd(), listener]))
+                }
+            }
+        }))
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        let usage = |text: &str| Err(Error::Usage(text.into()));
+        if !self.program.is_prepared() {
+            return usage("call `wrun::init()` first thing in `main`: workers are this program, started again");
+        }
+        let concurrency = self.concurrency.unwrap_or(1);
+        if self.workers == 0 || concurrency == 0 {
+            return usage("expected at least one worker and one task at once");
+        }
+        if self.interrupt == Interrupt::Kill && self.listen.is_some() {
+            return usage("`kill` would end all the connections of a worker: use `epoch` when it serves a port");
+        }
+        if concurrency > 1 && self.interrupt == Interrupt::Kill {
+            return usage("`kill` would end all the tasks of a worker: use `epoch` when it handles several at once");
+        }
+        if self.limits.memory > MEMORY_MAX {
+            return Err(Error::Usage(format!("expected at most {MEMORY_MAX} of memory for one instance")));
+        }
+        if self.heartbeat < Duration::from_millis(10) {
+            return usage("expected a heartbeat of 10ms or more");
+        }
+        if self.reuse == Some(0) || (self.reuse.is_some() && self.life == Some(InstanceLife::Task)) {
+            return usage("expected a number of uses above 0, of an instance that lives as long as its worker");
+        }
+        if self.http.head < Bytes(256) || self.http.head > Bytes::mib(1) {
+            return usage("expected 256B to 1MiB for the head of a request");
+        }
+        let times = [self.http.head_timeout, self.http.idle_timeout, self.http.write_timeout];
+        if times.iter().any(Duration::is_zero) || self.http.connections == 0 {
+            return usage("expected times and a number of connections above 0 for the clients of a port");
+        }
+        if self.probe.as_ref().is_some_and(|path| !path.starts_with('/')) {
+            return usage("expected a path that starts with `/` for the probe");
+        }
+        Ok(self.grants.check().map_err(LoadError::from)?)
+    }
+}
