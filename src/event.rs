@@ -113,7 +113,7 @@ pub enum Event {
         worker: WorkerId,
         /// What it was, and how it went.
         #[serde(flatten)]
-        record: AccessRecord,
+        record: Box<AccessRecord>,
     },
     /// A task ended its instance: by a trap, a limit or an exit. The next task gets a new instance.
     Limit {

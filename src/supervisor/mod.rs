@@ -83,8 +83,6 @@ pub(crate) enum Step {
         outcome: Outcome,
         /// The highest task that it had begun.
         begun: u64,
-        /// Whether its slot has failed: nobody takes its place.
-        failed: bool,
     },
     /// A reload is over: all successors have taken over, or none has, for this reason.
     Reloaded(Result<(), String>),
@@ -240,6 +238,11 @@ impl Supervisor {
     /// Whether workers had to be killed because the grace time was over.
     pub(crate) fn grace_exceeded(&self) -> bool {
         self.grace_exceeded
+    }
+
+    /// The slots that have failed: nobody takes the place of their workers, unless a reload brings some.
+    pub(crate) fn failed(&self) -> impl Iterator<Item = WorkerId> {
+        self.seats.iter().filter(|seat| seat.slot.state() == State::Failed).map(|seat| seat.id)
     }
 
     fn seat(&mut self, worker: WorkerId) -> &mut Seat {
@@ -534,8 +537,7 @@ impl Supervisor {
             }
             None => (end.with(Usage::default()), Death::Crash, 0),
         };
-        let verdict = seat.slot.died(&self.watch.policy, Instant::now(), death, jitter());
-        match verdict {
+        match seat.slot.died(&self.watch.policy, Instant::now(), death, jitter()) {
             Verdict::Start { after, in_a_row } => {
                 events(Event::Restart { worker, after_ms: millis(after), deaths: in_a_row });
             }
@@ -545,7 +547,7 @@ impl Supervisor {
             }
             Verdict::Leave => {}
         }
-        Step::Gone { worker, outcome, begun, failed: verdict == Verdict::GiveUp }
+        Step::Gone { worker, outcome, begun }
     }
 
     /// When something will be due; none when there is nothing left to wait for.

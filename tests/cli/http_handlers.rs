@@ -77,7 +77,9 @@ fn one_task_at_a_time_and_the_others_wait() {
     let sleep = "{\"do\":\"sleep\",\"ms\":300}";
     let request = format!("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{sleep}", sleep.len());
     let mut clients: Vec<_> = (0..4).map(|_| server.connect()).collect();
-    clients.iter_mut().for_each(|client| client.send(&request));
+    for client in &mut clients {
+        client.send(&request);
+    }
     let mut statuses: Vec<u16> = clients.iter_mut().map(|client| client.response().status).collect();
     statuses.sort_unstable();
     assert_eq!(statuses, [200, 200, 503, 503]);

@@ -11,7 +11,7 @@ use std::{
     net::IpAddr,
     pin::Pin,
     rc::Rc,
-    task::{Context, Poll, Waker},
+    task::{Context, Poll, Waker, ready},
     time::{Duration, Instant},
 };
 
@@ -20,10 +20,11 @@ use hyper::{
     server::conn::http1,
     service::service_fn,
 };
-use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
-    net::TcpStream,
+use rustix::{
+    event::{PollFd, PollFlags, Timespec},
+    net::Shutdown,
 };
+use tokio::{io::Interest, net::TcpStream};
 
 use super::{
     Server,
@@ -54,6 +55,8 @@ pub(super) struct Connection {
     writes: Cell<Option<Instant>>,
     order: Cell<Option<Order>>,
     waker: RefCell<Option<Waker>>,
+    /// Its socket; none for a request that nobody has sent.
+    stream: Option<Rc<TcpStream>>,
     /// Why something was refused before it was a request.
     refused: Cell<Option<&'static str>>,
 }
@@ -70,9 +73,10 @@ enum Order {
 }
 
 impl Connection {
-    pub(super) fn new(peer: IpAddr) -> Self {
+    pub(super) fn new(peer: IpAddr, stream: Option<Rc<TcpStream>>) -> Self {
         Self {
             peer,
+            stream,
             busy: Cell::new(false),
             doing: Cell::new(Doing::Nothing),
             since: Cell::new(Instant::now()),
@@ -89,12 +93,11 @@ impl Connection {
         self.command(Order::Finish);
     }
 
-    /// Notes that its last response is on its way to the end.
+    /// Notes that its last response is on its way to the end. What the client does next has its time from now on, also
+    /// when it has begun already: nobody has read it.
     pub(super) fn rest(&self) {
         self.busy.set(false);
-        if self.doing.get() != Doing::Head {
-            self.since.set(Instant::now());
-        }
+        self.since.set(Instant::now());
     }
 
     fn command(&self, order: Order) {
@@ -111,13 +114,23 @@ impl Connection {
             return Some(Order::Cut);
         }
         match self.doing.get() {
-            // the next request waits until this one is answered
-            Doing::Nothing | Doing::Head if self.busy.get() => None,
-            Doing::Nothing => over(self.since.get(), limits.idle_timeout).then_some(Order::Finish),
+            // the next request waits until this one is answered, and the answer taken
+            Doing::Nothing | Doing::Head if self.busy.get() || self.writes.get().is_some() => None,
+            Doing::Nothing => over(self.since.get(), limits.idle_timeout).then_some(Order::Cut),
             Doing::Head => over(self.since.get(), limits.head_timeout).then_some(Order::TooSlow),
             // while the guest does not want to read, it is not the client who pauses
             Doing::Body => (self.reads.get() && over(self.since.get(), limits.idle_timeout)).then_some(Order::Cut),
         }
+    }
+}
+
+impl Connection {
+    /// Whether the client of a request that is at work has closed its end, while the server does not read what else it
+    /// has sent and so would not come to see it.
+    fn has_left_unseen(&self) -> bool {
+        let Some(stream) = self.stream.as_ref().filter(|_| self.busy.get() && !self.reads.get()) else { return false };
+        let mut look = [PollFd::new(&**stream, PollFlags::RDHUP)];
+        rustix::event::poll(&mut look, Some(&Timespec::default())).is_ok_and(|_| !look[0].revents().is_empty())
     }
 }
 
@@ -133,6 +146,8 @@ pub(super) async fn watch(server: Rc<Server>) {
             let Some(connection) = connection.upgrade() else { return false };
             if let Some(order) = connection.overdue(limits, now) {
                 connection.command(order);
+            } else if connection.has_left_unseen() {
+                connection.command(Order::Cut);
             }
             true
         });
@@ -142,7 +157,8 @@ pub(super) async fn watch(server: Rc<Server>) {
 /// Serves a connection to its end.
 pub(super) async fn run(server: Rc<Server>, stream: TcpStream, peer: IpAddr) {
     let _counted = Counted(server.clone());
-    let connection = Rc::new(Connection::new(peer));
+    let stream = Rc::new(stream);
+    let connection = Rc::new(Connection::new(peer, Some(stream.clone())));
     server.connections.borrow_mut().push(Rc::downgrade(&connection));
     let head_max = server.config.http.head.as_usize();
     let io = Io { stream, framing: Framing::new(head_max), server: server.clone(), connection: connection.clone() };
@@ -193,11 +209,18 @@ const LINGER: Duration = Duration::from_secs(1);
 
 /// Takes what a client still sends after its last response. To close at once would reset the connection, and the client
 /// would lose the response that says why.
-async fn discard(mut stream: TcpStream) -> io::Result<()> {
-    stream.shutdown().await?;
+async fn discard(stream: Rc<TcpStream>) -> io::Result<()> {
+    rustix::net::shutdown(&*stream, Shutdown::Write)?;
     let mut bytes = [0; 4 << 10];
-    while stream.read(&mut bytes).await? > 0 {}
-    Ok(())
+    loop {
+        stream.readable().await?;
+        match stream.try_read(&mut bytes) {
+            Ok(0) => return Ok(()),
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// The least that the server may buffer each way.
@@ -215,38 +238,83 @@ impl Drop for Counted {
 
 /// The server's side of a connection.
 struct Io {
-    stream: TcpStream,
+    stream: Rc<TcpStream>,
     framing: Framing,
     server: Rc<Server>,
     connection: Rc<Connection>,
 }
 
-impl Read for Io {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, mut to: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
-        let Self { stream, framing, server, connection } = self.get_mut();
-        let mut scratch = server.scratch.borrow_mut();
-        let max = to.remaining().min(scratch.len());
-        let mut bytes = ReadBuf::new(&mut scratch[..max]);
-        match Pin::new(stream).poll_read(cx, &mut bytes) {
-            Poll::Pending => {
-                connection.reads.set(true);
+impl Io {
+    fn poll_bytes(&self, cx: &mut Context<'_>, to: &mut [u8]) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(self.stream.poll_read_ready(cx))?;
+            match self.stream.try_read(to) {
+                Ok(count) => {
+                    if count > 0 && count < to.len() {
+                        // all that was there: to say so spares the call that would
+                        let _ = self.stream.try_io(Interest::READABLE, || Err::<(), _>(would_block()));
+                    }
+                    return Poll::Ready(Ok(count));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+
+    fn poll_out(
+        &self,
+        cx: &mut Context<'_>,
+        write: impl Fn(&TcpStream) -> io::Result<usize>,
+    ) -> Poll<io::Result<usize>> {
+        let writes = &self.connection.writes;
+        loop {
+            if self.stream.poll_write_ready(cx)?.is_pending() {
+                writes.set(writes.get().or_else(|| Some(Instant::now())));
                 return Poll::Pending;
             }
-            Poll::Ready(result) => result?,
+            match write(&self.stream) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                result => {
+                    if writes.take().is_some() {
+                        self.connection.since.set(Instant::now());
+                    }
+                    return Poll::Ready(result);
+                }
+            }
         }
+    }
+}
+
+fn would_block() -> io::Error {
+    io::ErrorKind::WouldBlock.into()
+}
+
+impl Read for Io {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, mut to: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
+        let server = self.server.clone();
+        let mut scratch = server.scratch.borrow_mut();
+        let max = to.remaining().min(scratch.len());
+        let Poll::Ready(count) = self.poll_bytes(cx, &mut scratch[..max]) else {
+            self.connection.reads.set(true);
+            return Poll::Pending;
+        };
+        let bytes = &scratch[..count?];
+        let Self { framing, connection, .. } = &mut *self;
         connection.reads.set(false);
         let before = framing.doing();
-        match framing.look(bytes.filled()) {
-            Ok(()) => to.put_slice(bytes.filled()),
+        match framing.look(bytes) {
+            Ok(()) => to.put_slice(bytes),
             Err(Refused { good, poison, reason }) => {
                 connection.refused.set(Some(reason));
-                to.put_slice(&bytes.filled()[..good]);
+                to.put_slice(&bytes[..good]);
                 to.put_slice(&poison[..poison.len().min(to.remaining())]);
             }
         }
         let now = framing.doing();
-        // the time for a head runs from its first byte
-        if now != Doing::Head || before != Doing::Head {
+        // the time for a head runs from its first byte, and empty lines are nothing; when a whole request has come, its
+        // end is what counts
+        if now != before || now == Doing::Body {
             connection.since.set(Instant::now());
         }
         connection.doing.set(now);
@@ -254,42 +322,31 @@ impl Read for Io {
     }
 }
 
-impl Io {
-    fn wrote<T>(&self, result: Poll<T>) -> Poll<T> {
-        match &result {
-            Poll::Pending if self.connection.writes.get().is_none() => self.connection.writes.set(Some(Instant::now())),
-            Poll::Pending => {}
-            Poll::Ready(_) => self.connection.writes.set(None),
-        }
-        result
-    }
-}
-
 impl Write for Io {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.stream).poll_write(cx, bytes);
-        self.wrote(result)
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_out(cx, |stream| stream.try_write(bytes))
     }
 
     fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
-        self.wrote(result)
+        self.poll_out(cx, |stream| stream.try_write_vectored(slices))
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        true
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // a client that has gone needs no end
+        let _ = rustix::net::shutdown(&*self.stream, Shutdown::Write);
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -305,10 +362,10 @@ mod tests {
             write_timeout: Duration::from_secs(2),
             ..HttpLimits::default()
         };
-        let connection = Connection::new([127, 0, 0, 1].into());
+        let connection = Connection::new([127, 0, 0, 1].into(), None);
         let start = connection.since.get();
         let after = |seconds| connection.overdue(&limits, start + Duration::from_secs(seconds));
-        assert_eq!((after(2), after(3)), (None, Some(Order::Finish)), "idle");
+        assert_eq!((after(2), after(3)), (None, Some(Order::Cut)), "idle");
         connection.doing.set(Doing::Head);
         assert_eq!((after(0), after(1)), (None, Some(Order::TooSlow)), "a head");
         connection.busy.set(true);

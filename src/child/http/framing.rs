@@ -84,7 +84,7 @@ impl Framing {
 
     pub(super) fn doing(&self) -> Doing {
         match self.state {
-            State::Head if self.partial.is_empty() => Doing::Nothing,
+            State::Head if self.partial.is_empty() || self.partial == b"\r" => Doing::Nothing,
             State::Head | State::Over => Doing::Head,
             State::Body(_) | State::Chunked(_) => Doing::Body,
         }

@@ -531,7 +531,7 @@ pub(super) async fn probe(server: &Rc<Server>, path: &str) -> Result<(), String>
     let request = Request::get(path).header(HOST, "localhost").body(Upload::empty());
     let request = request.map_err(|error| format!("the probe `{path}` is no path: {error}"))?;
     let local = Ipv4Addr::LOCALHOST.into();
-    let ticket = Ticket::new(server.clone(), Rc::new(Connection::new(local)), Instant::now(), None);
+    let ticket = Ticket::new(server.clone(), Rc::new(Connection::new(local, None)), Instant::now(), None);
     let id = request_id(server.id_prefix, 0);
     let response = serve(server, request, Scheme::Http, 0, false, &id, ticket).await;
     match response.status() {

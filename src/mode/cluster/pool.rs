@@ -177,7 +177,7 @@ impl<C: Client> Pool<C> {
             match step {
                 Step::Online(worker) if self.phase != Phase::Draining => self.dispatch.open(worker),
                 Step::Online(_) | Step::Reloaded(_) | Step::Progress => {}
-                Step::Gone { worker, outcome, begun, .. } => self.lost(worker, &outcome, begun),
+                Step::Gone { worker, outcome, begun } => self.lost(worker, &outcome, begun),
                 Step::Down(failure) => {
                     return Poll::Ready(self.down(failure));
                 }

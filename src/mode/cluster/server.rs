@@ -181,13 +181,14 @@ impl Server {
                         self.supervisor.emit(Event::Listening { address: self.port.address() });
                     }
                 }
-                Poll::Ready(Step::Gone { worker, failed, .. }) => {
+                Poll::Ready(Step::Gone { worker, .. }) => {
                     self.port.board().clear(worker);
-                    if failed {
-                        self.port.close(worker);
-                    }
+                    self.close_failed();
                 }
-                Poll::Ready(Step::Reloaded(result)) => self.reloaded(result.map_err(Error::Reload)),
+                Poll::Ready(Step::Reloaded(result)) => {
+                    self.reloaded(result.map_err(Error::Reload));
+                    self.close_failed();
+                }
                 Poll::Ready(Step::Progress) => {}
                 Poll::Ready(Step::Down(Some(last))) => return Poll::Ready(Err(Error::PoolFailed { last })),
                 Poll::Ready(Step::Down(None)) => {
@@ -195,6 +196,13 @@ impl Server {
                     return Poll::Ready(Ok(if killed { Finish::Killed } else { Finish::Drained }));
                 }
             }
+        }
+    }
+
+    /// Sees that no connections wait for workers that will not come.
+    fn close_failed(&self) {
+        if self.reload.as_ref().is_none_or(|reload| reload.launch.is_some()) {
+            self.supervisor.failed().for_each(|worker| self.port.close(worker));
         }
     }
 
@@ -273,7 +281,7 @@ impl Server {
 /// What a worker's frame says of its requests.
 fn event_of(worker: WorkerId, frame: Frame<'_>, events: &mut VecDeque<Result<Event, (WorkerId, String)>>) {
     match frame.kind {
-        Kind::Access => match serde_json::from_slice::<AccessRecord>(frame.body) {
+        Kind::Access => match serde_json::from_slice::<Box<AccessRecord>>(frame.body) {
             Ok(record) => {
                 if frame.id > 0 {
                     let message = format!("{} lines of its access log were dropped: nobody took them", frame.id);

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use guest_artifacts::{ECHO, FOREIGN_HTTP, HELLO_HTTP};
+use guest_artifacts::{ECHO, HELLO_HTTP, STREAM};
 use rustix::process::{Signal, kill_process};
 
 pub(crate) use self::peers::{hyper, hyper_threads};
@@ -25,7 +25,7 @@ pub(crate) fn run() {
     for workers in [1, 2] {
         hello(workers);
     }
-    foreign();
+    beside_wasmtime();
     handlers();
     kills();
     reloads();
@@ -51,16 +51,16 @@ fn hello(workers: u32) {
     );
 }
 
-/// The same guest in both: one that asks for nothing of wrun's.
-fn foreign() {
+/// The same guest in both: one that asks for nothing of wrun's, and answers one chunk.
+fn beside_wasmtime() {
     let reuse = ["--max-instance-reuse-count", "1000", "--max-instance-concurrent-reuse-count", "64"];
     compare(
-        "a foreign guest, 64 connections, 2 workers",
+        "one chunk, 64 connections, 2 workers",
         vec![
-            ("wrun, a fresh instance each", Some(Server::wrun(FOREIGN_HTTP, 2, &[])), get),
-            ("wrun, instances reused", Some(Server::wrun(FOREIGN_HTTP, 2, &["--reuse", "1000"])), get),
-            ("wasmtime serve, a fresh instance each", Server::wasmtime(FOREIGN_HTTP, &[]), get),
-            ("wasmtime serve, instances reused", Server::wasmtime(FOREIGN_HTTP, &reuse), get),
+            ("wrun, a fresh instance each", Some(Server::wrun(STREAM, 2, &[])), get),
+            ("wrun, instances reused", Some(Server::wrun(STREAM, 2, &["--reuse", "1000"])), get),
+            ("wasmtime serve, a fresh instance each", Server::wasmtime(STREAM, &[]), get),
+            ("wasmtime serve, instances reused", Server::wasmtime(STREAM, &reuse), get),
         ],
     );
 }
@@ -205,5 +205,5 @@ fn memory() {
     measure("wrun, a fresh instance each", Some(Server::wrun(HELLO_HTTP, 2, &[])));
     measure("wrun, instances reused", Some(Server::wrun(HELLO_HTTP, 2, &["--instance", "worker"])));
     measure("Node, `cluster`", Server::node(2));
-    measure("wasmtime serve (its one process)", Server::wasmtime(FOREIGN_HTTP, &[]));
+    measure("wasmtime serve (its one process)", Server::wasmtime(STREAM, &[]));
 }
