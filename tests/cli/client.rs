@@ -221,9 +221,9 @@ impl Client {
         let _ = self.stream.shutdown(Shutdown::Write);
     }
 
-    /// Lets the kernel keep as little as it can of what the client does not read.
+    /// Lets the kernel keep little of what the client does not read.
     pub(crate) fn keep_little(&self) {
-        rustix::net::sockopt::set_socket_recv_buffer_size(&self.stream, 1).expect("a socket");
+        rustix::net::sockopt::set_socket_recv_buffer_size(&self.stream, 16 << 10).expect("a socket");
     }
 
     /// The head of the next response alone: its status and headers.

@@ -1,5 +1,4 @@
-//! What the clients of a port feel when its workers die, hang, are replaced, or are asked to end: nothing, or as little
-//! as can be.
+//! What the clients of a port feel when its workers die, hang, are replaced or asked to end: as little as can be.
 
 use std::{
     collections::BTreeMap,
@@ -228,7 +227,6 @@ fn reloads_that_are_asked_for_at_once_follow_each_other() {
         (0..3).for_each(|_| server.signal(Signal::HUP));
         event(&mut server, "reload");
     }
-    load.until_more(100);
     load.stop().is_unharmed();
     server.signal(Signal::TERM);
     let events = events(&server.running.wait().code(0));
@@ -248,14 +246,12 @@ fn idle_connections_are_asked_to_move_to_the_new_workers() {
     server.signal(Signal::HUP);
     event(&mut server, "reload");
     // whoever asks at this moment has a second for it, and the old worker answers, from some moment on for the last time
-    let mut last = None;
-    while last.is_none() {
+    eventually("it is told to ask elsewhere", || {
         asks.send_get("/");
         let response = asks.response();
         assert!(Who::says(&response).is(pids[0]), "{response:?}");
-        last = response.header("connection").map(str::to_owned);
-    }
-    assert_eq!(last.as_deref(), Some("close"));
+        response.header("connection") == Some("close")
+    });
     assert!(asks.is_closed() && is_silent.is_closed());
     assert!(gone(pids[0]));
     assert_eq!(Who::says(&server.get("/")).generation, 2);
@@ -365,7 +361,8 @@ fn a_worker_and_its_successor_do_not_need_each_other() {
         }
         assert_eq!(server.get("/?ms=1").text(), "{\"slept\":1}");
         server.signal(Signal::TERM);
-        lives(&events(&server.running.wait().code(0)));
+        let lives = lives(&events(&server.running.wait().code(0)));
+        assert!(lives == 2 || !the_successor_dies, "the next one is tried after a while: {lives}");
     }
 }
 
@@ -399,7 +396,10 @@ fn a_port_of_which_every_slot_was_given_up_is_closed() {
 #[test]
 fn a_slot_that_was_given_up_takes_no_connections_along_and_returns_with_a_reload() {
     for balance in ["shared", "slots"] {
-        let (mut server, pids) = serve(cluster(HELLO_HTTP, 2).args(["--balance", balance]), 2);
+        let folder = Folder::new();
+        install(&folder, fs::read(HELLO_HTTP).unwrap());
+        let args = ["cluster", "app.wasm", "-w", "2", "--listen", "0", "--balance", balance];
+        let (mut server, pids) = serve(folder.wrun(args), 2);
         let mut worker = pids[0];
         for _ in 0..4 {
             kill_process(worker, Signal::KILL).unwrap();
@@ -408,8 +408,20 @@ fn a_slot_that_was_given_up_takes_no_connections_along_and_returns_with_a_reload
         kill_process(worker, Signal::KILL).unwrap();
         assert_eq!(event(&mut server, "failed")["worker"], 1);
         // those that wait at a socket of its own at this moment have nobody to wait for
-        let is_answered = |mut client: Client| client.try_response().is_ok_and(|answer| Who::says(&answer).is(pids[1]));
-        eventually("the other one answers all", || ask_at_once(&server, 32).into_iter().all(is_answered));
+        let address = server.address;
+        let ask = || {
+            let mut client = Client::try_connect(address)?;
+            client.send_get("/");
+            client.try_response()
+        };
+        let all_are_answered = || (0..32).all(|_| ask().is_ok_and(|answer| Who::says(&answer).is(pids[1])));
+        eventually("the other one answers all", all_are_answered);
+        // and none comes back with a version that does not work
+        install(&folder, fs::read(CRASH_AT_START).unwrap());
+        server.signal(Signal::HUP);
+        assert!(event(&mut server, "reload")["error"].is_string());
+        eventually("the other one answers all", all_are_answered);
+        install(&folder, fs::read(HELLO_HTTP).unwrap());
         server.signal(Signal::HUP);
         assert!(event(&mut server, "reload")["error"].is_null());
         for worker in [1, 2] {

@@ -122,9 +122,7 @@ impl Connection {
             Doing::Body => (self.reads.get() && over(self.since.get(), limits.idle_timeout)).then_some(Order::Cut),
         }
     }
-}
 
-impl Connection {
     /// Whether the client of a request that is at work has closed its end, while the server does not read what else it
     /// has sent and so would not come to see it.
     fn has_left_unseen(&self) -> bool {
