@@ -86,20 +86,21 @@ impl Pulse {
 
     /// There is work that it must look after for the next moments.
     pub(super) fn touch(&self) {
-        self.shared.touched.store(true, Ordering::Relaxed);
+        self.shared.touched.store(true, Ordering::SeqCst);
         self.wake();
     }
 
     /// A task begins that the epoch clock must end in time.
     pub(super) fn time(&self) -> Timed {
-        self.shared.timed.fetch_add(1, Ordering::AcqRel);
+        self.shared.timed.fetch_add(1, Ordering::SeqCst);
         self.wake();
         Timed(self.shared.clone())
     }
 
     fn wake(&self) {
-        // the exchange is there so that one wake-up is paid per sleep, not per call
-        if self.shared.asleep.swap(false, Ordering::AcqRel) {
+        // The exchange is there so that one wake-up is paid per sleep, not per call. One order for all of these: the thread
+        // says that it sleeps and then looks for work, and here there is work and then a look whether it sleeps.
+        if self.shared.asleep.swap(false, Ordering::SeqCst) {
             self.thread.unpark();
         }
     }
