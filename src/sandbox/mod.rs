@@ -162,6 +162,9 @@ impl LoadError {
             Self::WrongShape { expected: Shape::Handler, found: None, .. } => {
                 "a handler exports `wrun:guest/handler@0.1.0`, see wit/handler.wit".into()
             }
+            Self::WrongShape { expected: Shape::Http, found: None, .. } => {
+                "a port is served by what exports `wasi:http/incoming-handler@0.2` or `wrun:guest/handler@0.1.0`".into()
+            }
             Self::WrongShape { found: None, .. } => {
                 "a command is a program with a `main`, built for wasm32-wasip1 or wasm32-wasip2".into()
             }

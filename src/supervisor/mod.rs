@@ -26,7 +26,7 @@ pub use self::restart::Restart;
 use self::{
     restart::Verdict,
     slot::{Death, Slot, State},
-    worker::Worker,
+    worker::{Take, Worker},
 };
 use crate::{
     event::{Event, WorkerId},
@@ -46,7 +46,8 @@ const LOOKS: u32 = 5;
 /// at that very moment must not find it closed.
 const LINGER: Duration = Duration::from_secs(1);
 
-/// How long a worker that wants a successor waits after one could not be started.
+/// How long a worker that wants a successor waits after one could not be started, and how long one that was started for
+/// the memory of its predecessor may have as much.
 const NEXT_TRY: Duration = Duration::from_secs(10);
 
 /// How a pool is watched.
@@ -119,6 +120,8 @@ struct Seat {
     former: Vec<Worker>,
     /// Before this no successor is started for this slot alone.
     next_try: Instant,
+    /// Before this no memory is too much: a limit below what every worker needs must not start one after the other.
+    next_growth: Instant,
 }
 
 impl Seat {
@@ -139,8 +142,15 @@ impl Supervisor {
     /// Starts with `count` slots, all due now.
     pub(crate) fn new(count: u32, watch: Watch, launch: Launch, events: EventSink) -> Self {
         let now = Instant::now();
-        let seat =
-            |id| Seat { id, slot: Slot::new(now), current: None, successor: None, former: vec![], next_try: now };
+        let seat = |id| Seat {
+            id,
+            slot: Slot::new(now),
+            current: None,
+            successor: None,
+            former: vec![],
+            next_try: now,
+            next_growth: now,
+        };
         Self {
             seats: (1..=count).map(seat).collect(),
             next_look: now + watch.heartbeat / LOOKS,
@@ -183,13 +193,6 @@ impl Supervisor {
     pub(crate) fn enforce(&mut self, worker: WorkerId, end: End) {
         if let Some(worker) = &mut self.seat(worker).current {
             worker.end(end, Death::Enforced);
-        }
-    }
-
-    /// Kills a worker that does not keep to the rules.
-    pub(crate) fn reject(&mut self, worker: WorkerId, reason: String) {
-        if let Some(worker) = &mut self.seat(worker).current {
-            worker.reject(reason);
         }
     }
 
@@ -240,17 +243,23 @@ impl Supervisor {
         self.grace_exceeded
     }
 
-    /// The slots that have failed: nobody takes the place of their workers, unless a reload brings some.
-    pub(crate) fn failed(&self) -> impl Iterator<Item = WorkerId> {
-        self.seats.iter().filter(|seat| seat.slot.state() == State::Failed).map(|seat| seat.id)
+    /// The slots whose workers nobody takes the place of, unless a reload brings some.
+    pub(crate) fn vacant(&self) -> impl Iterator<Item = WorkerId> {
+        let is_vacant = |seat: &&Seat| matches!(seat.slot.state(), State::Failed | State::Exited);
+        self.seats.iter().filter(is_vacant).map(|seat| seat.id)
     }
 
     fn seat(&mut self, worker: WorkerId) -> &mut Seat {
         &mut self.seats[worker as usize - 1]
     }
 
-    /// Hands every frame about its mode's work to `take`, until there is a step to tell of.
-    pub(crate) fn poll(&mut self, cx: &mut Context<'_>, mut take: impl FnMut(WorkerId, Frame<'_>)) -> Poll<Step> {
+    /// Hands every frame about its mode's work to `take`, until there is a step to tell of. A worker whose frame is
+    /// refused is killed.
+    pub(crate) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut take: impl FnMut(WorkerId, Frame<'_>) -> Result<(), String>,
+    ) -> Poll<Step> {
         let now = Instant::now();
         if let Some(step) = self.act(now) {
             return Poll::Ready(step);
@@ -307,12 +316,7 @@ impl Supervisor {
     }
 
     /// Looks at a slot's successor: the step that it led to, or that something moved.
-    fn poll_successor(
-        &mut self,
-        at: usize,
-        cx: &mut Context<'_>,
-        take: &mut impl FnMut(WorkerId, Frame<'_>),
-    ) -> Poll<Option<Step>> {
+    fn poll_successor(&mut self, at: usize, cx: &mut Context<'_>, take: &mut Take<'_>) -> Poll<Option<Step>> {
         let Self { seats, events, .. } = self;
         let Seat { id, successor: Some(worker), .. } = &mut seats[at] else { return Poll::Pending };
         let was_ready = worker.ready;
@@ -334,11 +338,11 @@ impl Supervisor {
     }
 
     /// Looks at those of a slot that were taken over from; whether anything moved.
-    fn poll_former(&mut self, at: usize, cx: &mut Context<'_>, take: &mut impl FnMut(WorkerId, Frame<'_>)) -> bool {
+    fn poll_former(&mut self, at: usize, cx: &mut Context<'_>, take: &mut Take<'_>) -> bool {
         let Self { seats, events, .. } = self;
         let Seat { id, former, .. } = &mut seats[at];
         let mut progress = false;
-        former.retain_mut(|worker| match worker.poll(cx, *id, events, &mut *take) {
+        former.retain_mut(|worker| match worker.poll(cx, *id, events, take) {
             Poll::Pending => true,
             Poll::Ready(Seen::Progress) => {
                 progress = true;
@@ -512,10 +516,13 @@ impl Supervisor {
             }
         }
         let Some(max) = self.watch.memory_max else { return };
-        for worker in self.seats.iter_mut().filter_map(|seat| seat.current.as_mut()) {
-            if worker.wants_successor.is_none()
-                && let Some(resident) = worker.resident().filter(|resident| *resident > max.0)
-            {
+        let now = Instant::now();
+        for seat in self.seats.iter_mut().filter(|seat| seat.next_growth <= now) {
+            let Some(worker) = seat.current.as_mut().filter(|worker| worker.wants_successor.is_none()) else {
+                continue;
+            };
+            if let Some(resident) = worker.resident().filter(|resident| *resident > max.0) {
+                seat.next_growth = now + NEXT_TRY;
                 worker.wants_successor = Some(format!("its process has {}, more than {max}", Bytes(resident)));
             }
         }

@@ -16,6 +16,12 @@ use crate::{
     },
 };
 
+/// Takes frames that are about a mode's work.
+///
+/// # Errors
+/// When a frame is not as it should be: why, in words.
+pub(super) type Take<'a> = dyn FnMut(WorkerId, Frame<'_>) -> Result<(), String> + 'a;
+
 /// A process of a slot.
 pub(super) struct Worker {
     pub(super) process: Process,
@@ -66,13 +72,14 @@ impl Worker {
         self.end(End::Failed { stage: Stage::Protocol, reason, hint: None }, Death::Crash);
     }
 
-    /// Takes what it sends: hands frames that are about its mode's work to `take`, and tells events of all others.
+    /// Takes what it sends: hands frames that are about its mode's work to `take`, and tells events of all others. A frame
+    /// that `take` refuses is its end.
     pub(super) fn poll(
         &mut self,
         cx: &mut Context<'_>,
         worker: WorkerId,
         events: &mut dyn FnMut(Event),
-        mut take: impl FnMut(WorkerId, Frame<'_>),
+        take: &mut Take<'_>,
     ) -> Poll<Seen> {
         let Self { process, ready, wants_successor, ending, forked, .. } = self;
         let mut broken = None;
@@ -103,7 +110,11 @@ impl Worker {
             Kind::Hello | Kind::Task | Kind::Drain | Kind::Open => {
                 broken = Some(format!("it sent {:?}, which only a primary may", frame.kind));
             }
-            _ => take(worker, frame),
+            _ => {
+                if let Err(reason) = take(worker, frame) {
+                    broken = Some(reason);
+                }
+            }
         });
         if let Some(reason) = broken {
             tracing::debug!("worker {worker}, {:?} after its start: {reason}", forked.elapsed());

@@ -4,26 +4,20 @@ use std::{
     io::Write as _,
     net::TcpListener,
     process::{Command, Stdio},
-    time::{Duration, Instant},
 };
 
-use guest_artifacts::{CRASH, ECHO, FOREIGN_HTTP, HELLO, HELLO_HTTP, SLOW, SPIN, STREAM, UPLOAD};
+use guest_artifacts::{CRASH, ECHO, FOREIGN_HTTP, HELLO, HELLO_HTTP, SLOW, STREAM, UPLOAD};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::{
-    client::{Response, Server},
+    client::{Client, Response, Server},
+    supervision::event,
     wrun::{Folder, wrun},
 };
 
-fn serve(guest: &str, args: &[&str]) -> Server {
+pub(super) fn serve(guest: &str, args: &[&str]) -> Server {
     Server::start(wrun(["cluster", guest, "--listen", "0"]).args(args))
-}
-
-/// The next event of this name, of a server that tells in JSON.
-#[track_caller]
-fn event(server: &mut Server, name: &str) -> Value {
-    let line = server.stderr_line_with(&format!("\"event\":\"{name}\""));
-    serde_json::from_str(&line).expect("JSON")
 }
 
 /// What `curl` prints.
@@ -49,36 +43,55 @@ fn fnv(bytes: &[u8]) -> String {
 }
 
 #[test]
-fn it_says_where_it_listens() {
-    let server = serve(HELLO_HTTP, &["-w", "1"]);
-    assert!(server.address.ip().is_loopback() && server.address.port() != 0);
-    let response = server.get("/");
-    assert_eq!((response.status, response.header("content-type")), (200, Some("application/json")));
-    assert_eq!((&response.json()["worker"], &response.json()["generation"]), (&json!(1), &json!(1)));
-
-    let server = Server::start(wrun(["cluster", HELLO_HTTP, "-w", "1", "--listen", "[::1]:0"]));
-    assert!(server.address.is_ipv6());
-    assert_eq!(server.get("/").status, 200);
+fn it_says_where_it_listens_and_nothing_else() {
+    for listen in ["0", ":0", "localhost:0", "127.0.0.1:0", "[::1]:0"] {
+        let server = Server::start(wrun(["cluster", HELLO_HTTP, "-w", "1", "--listen", listen]));
+        let address = server.address;
+        assert!(address.ip().is_loopback() && address.port() != 0, "{address}");
+        assert_eq!(address.is_ipv6(), listen.starts_with('['), "{address}");
+        let response = server.get("/");
+        assert_eq!((response.status, response.header("content-type")), (200, Some("application/json")));
+        assert_eq!((&response.json()["worker"], &response.json()["generation"]), (&json!(1), &json!(1)));
+        server.signal(Signal::TERM);
+        let _ = server.running.wait().code(0).stdout(format!("listening on http://{address}\n"));
+    }
 }
 
 #[test]
 fn a_port_that_is_taken_is_98() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = taken.local_addr().unwrap().to_string();
-    for balance in ["shared", "slots"] {
-        let args = ["cluster", HELLO_HTTP, "--listen", &address, "--balance", balance];
-        let finished = wrun(args).run().code(98);
-        finished.stderr_has(&format!("could not listen on `{address}`")).stderr_has("hint: ").stdout("");
+    let address = taken.local_addr().unwrap();
+    let text = format!("could not listen on `{address}`: Address already in use (os error 98)");
+    for listen in [address.to_string(), address.port().to_string()] {
+        for balance in ["shared", "slots"] {
+            let args = ["cluster", HELLO_HTTP, "--listen", &listen, "--balance", balance];
+            let hint = "another program listens there; choose a port with --listen";
+            wrun(args).run().code(98).error_and_hint(&text, hint);
+        }
     }
+}
+
+#[test]
+fn without_an_address_an_http_guest_is_at_port_8080_of_this_machine() {
+    // whether it is ours or somebody else's: it is taken
+    let _taken = TcpListener::bind("127.0.0.1:8080");
+    let finished = wrun(["cluster", HELLO_HTTP]).run().code(98).stdout("");
+    finished.stderr_has("could not listen on `127.0.0.1:8080`").stderr_has("choose a port with --listen");
 }
 
 #[test]
 fn only_guests_that_answer_get_a_port() {
     let finished = wrun(["cluster", HELLO, "--listen", "0"]).run().code(126);
     finished.error_and_hint("expected an http guest, found a command guest (component)", "use `wrun run`");
+    let finished = wrun(["run", HELLO_HTTP]).run().code(126);
+    finished.error_and_hint("expected a command guest, found an http guest (component)", "use `wrun cluster`");
     wrun(["cluster", ECHO]).stdin("[1]\n").run().code(0).stdout("{\"line\":1,\"reply\":[1]}\n");
     wrun(["cluster", HELLO_HTTP, "--listen", "nowhere"]).run().code(2).stderr_has("expected `ADDR:PORT`");
     wrun(["cluster", HELLO_HTTP, "--listen", "0", "--interrupt", "kill"]).run().code(2).stderr_has("use `epoch`");
+    for lines_only in [&["--ordered"][..], &["--retries", "1"]] {
+        let finished = wrun(["cluster", ECHO, "--listen", "0"]).args(lines_only).run().code(2).stdout("");
+        finished.stderr_has("cannot be used with");
+    }
 }
 
 #[test]
@@ -98,11 +111,64 @@ fn a_connection_brings_many_requests() {
     client.send("GET /last HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
     assert_eq!(client.response().header("connection"), Some("close"));
     assert!(client.is_closed());
+}
 
+#[test]
+fn answers_keep_their_order_when_the_first_takes_longest() {
+    let server = serve(SLOW, &["-w", "1"]);
+    let mut client = server.connect();
+    let all = [300, 0, 100, 1].map(|ms| format!("GET /?ms={ms} HTTP/1.1\r\nHost: a\r\n\r\n"));
+    client.send(all.concat());
+    for ms in [300, 0, 100, 1] {
+        assert_eq!(client.response().json(), json!({"slept": ms}));
+    }
+}
+
+#[test]
+fn an_old_client_gets_one_answer_that_ends_with_its_connection() {
+    let server = serve(UPLOAD, &["-w", "1"]);
     let mut old = server.connect();
     old.send("GET / HTTP/1.0\r\n\r\n");
-    assert_eq!(old.response().status, 200);
+    let seen = old.response().json();
+    assert_eq!((&seen["method"], &seen["authority"]), (&json!("GET"), &json!("localhost")));
     assert!(old.is_closed());
+    // it knows no chunks
+    let server = serve(SLOW, &["-w", "1"]);
+    let response = server.request("GET /late?ms=50 HTTP/1.0\r\n\r\n");
+    assert_eq!((response.text(), response.header("transfer-encoding")), ("early\n".into(), None));
+}
+
+#[test]
+fn a_guest_sees_what_was_asked() {
+    let server = serve(UPLOAD, &["-w", "1"]);
+    let seen = |request: &str| server.request(format!("{request}\r\nConnection: close\r\n\r\n")).json();
+    let expected = |[method, path, authority]: [&str; 3]| {
+        let seen = seen(&format!("{method} {path} HTTP/1.1\r\nHost: a:1"));
+        let found = ["method", "path", "authority", "scheme"].map(|field| seen[field].as_str().unwrap());
+        let path = path.strip_prefix("http://b:2").unwrap_or(path);
+        assert_eq!(found, [method, path, authority, "HTTP"]);
+    };
+    for method in ["GET", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "BREW"] {
+        expected([method, "/x/../%20?y=z&%zz", "a:1"]);
+    }
+    expected(["OPTIONS", "*", "a:1"]);
+    expected(["GET", "http://b:2/x?y", "b:2"]);
+
+    let seen =
+        seen("GET / HTTP/1.1\r\nHost: a\r\ntraceparent: 00-ab-cd-01\r\nX: 1\r\nCookie: a=b\r\nx: 2\r\nX: \u{e9}");
+    let headers: Vec<_> =
+        seen["headers"].as_array().unwrap().iter().filter(|header| header[0] != "x-request-id").collect();
+    for header in [json!(["traceparent", "00-ab-cd-01"]), json!(["cookie", "a=b"])] {
+        assert!(headers.contains(&&header), "{header} in {headers:?}");
+    }
+    let several: Vec<_> = headers.iter().filter(|header| header[0] == "x").map(|header| header[1].clone()).collect();
+    assert_eq!(several, ["1", "2", "\u{e9}"], "in their order");
+    assert_eq!(headers.len(), 5, "and nothing that is the connection's: {headers:?}");
+
+    let mut client = server.connect();
+    client.send("CONNECT b:80 HTTP/1.1\r\nHost: b:80\r\n\r\n");
+    assert_eq!(client.response().status, 501);
+    assert!(client.is_closed());
 }
 
 #[test]
@@ -115,27 +181,45 @@ fn curl_gets_what_it_asks_for() {
     let head = curl(&["--head", &url("/")], b"");
     assert!(head.starts_with("HTTP/1.1 200 OK\r\n") && head.ends_with("\r\n\r\n"), "{head}");
     assert!(curl(&["--http1.0", &url("/")], b"").contains("\"method\":\"GET\""));
+    // two requests, and one connection
+    let twice = curl(&["--write-out", "\n%{num_connects}\n", &url("/1"), &url("/2")], b"");
+    let connects: Vec<_> = twice.lines().filter(|line| !line.starts_with('{')).collect();
+    assert_eq!(connects, ["1", "0"], "{twice}");
 
-    // more than a megabyte: curl expects a 100 before it sends it
+    let told = |args: &[&str], body: &[u8]| {
+        let told: Value = serde_json::from_str(&curl(&[args, &[&url("/")]].concat(), body)).unwrap();
+        assert_eq!(told, json!({"bytes": body.len(), "fnv": fnv(body), "trailers": {}, "error": null}));
+    };
+    told(&["--data", "@-"], b"a=b&c");
+    told(&["--data", "@-"], b"");
     let body: Vec<u8> = (0..20 << 20).map(|n: u32| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
-    let posted = curl(&["--data-binary", "@-", &url("/")], &body);
-    let expected = json!({"bytes": body.len(), "fnv": fnv(&body), "trailers": {}, "error": null});
-    assert_eq!(serde_json::from_str::<Value>(&posted).unwrap(), expected);
+    // more than a megabyte: it expects a 100 before it sends that, and here it would wait for it longer than it may
+    let expects = ["--expect100-timeout", "60"];
+    told(&[&expects[..], &["--data-binary", "@-"]].concat(), &body);
     // in chunks
-    let put = curl(&["--upload-file", "-", &url("/"), "--request", "POST"], &body);
-    assert_eq!(serde_json::from_str::<Value>(&put).unwrap(), expected);
-    let ignored = curl(&["--data-binary", "@-", &url("/ignore")], &body);
-    assert_eq!(ignored, "{\"ignored\":true}");
+    told(&[&expects[..], &["--upload-file", "-", "--request", "POST"]].concat(), &body);
+    told(&[&expects[..], &["--http1.0", "--data-binary", "@-"]].concat(), &body);
+    assert_eq!(curl(&["--data-binary", "@-", &url("/ignore")], &body), "{\"ignored\":true}");
 }
 
 #[test]
-fn a_client_that_expects_is_told_to_go_on() {
+fn a_client_that_expects_is_told_to_go_on_if_the_guest_reads() {
     let server = serve(UPLOAD, &["-w", "1"]);
-    let mut client = server.connect();
-    client.send("POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\n");
-    assert_eq!(client.response().status, 100);
+    let expecting = |path: &str| {
+        let mut client = server.connect();
+        client.send(format!("POST {path} HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\n"));
+        let response = client.response();
+        (client, response)
+    };
+    let (mut client, response) = expecting("/");
+    assert_eq!(response.status, 100);
     client.send("abc");
     assert_eq!(client.response().json()["fnv"], json!(fnv(b"abc")));
+    // what it sends after that must not be taken for the body: the connection ends
+    let (mut client, response) = expecting("/ignore");
+    assert_eq!((response.status, &*response.text()), (200, "{\"ignored\":true}"));
+    client.send_get("/");
+    assert!(client.is_closed());
 }
 
 #[test]
@@ -161,6 +245,10 @@ fn both_ways_at_once_with_trailers() {
     client.send("3\r\ntwo\r\n");
     assert_eq!(client.chunk().unwrap(), b"two");
     client.send("0\r\nx-checksum: 42\r\n\r\n");
+    let end = b"0\r\nx-checksum: 42\r\n\r\n";
+    assert_eq!(client.exact(end.len()).unwrap(), end);
+    client.send_get("/nowhere");
+    assert_eq!(client.response().status, 404, "the connection lives on");
 
     let request = "POST /echo HTTP/1.1\r\nHost: a\r\nTE: trailers\r\nTransfer-Encoding: chunked\r\n\r\n\
         3\r\none\r\n0\r\nX-Checksum: 42\r\n\r\n";
@@ -174,18 +262,48 @@ fn both_ways_at_once_with_trailers() {
 }
 
 #[test]
-fn lengths_and_heads_are_as_they_should_be() {
+fn what_is_there_at_once_has_a_length_and_needs_no_chunks() {
     let server = serve(STREAM, &["-w", "1"]);
-    let response = server.get("/?chunks=3&bytes=100000");
-    assert_eq!((response.body.len(), response.body[0], response.body[299_999]), (300_000, b'a', b'c'));
-    // one that has returned has written all of it: that needs no chunks
-    let server = serve(HELLO_HTTP, &["-w", "1"]);
-    let response = server.get("/");
-    assert_eq!(response.header("content-length"), Some(&*response.body.len().to_string()));
-    assert_eq!((response.header("transfer-encoding"), response.chunks.len()), (None, 0));
-    let head = server.request("HEAD / HTTP/1.1\r\nHost: a\r\n\r\n");
-    assert_eq!((head.status, head.body.len()), (200, 0));
-    assert!(head.header("content-length").is_some_and(|length| length != "0"), "{head:?}");
+    for (chunks, bytes) in [(3, 100_000), (1, 1), (100, 10)] {
+        let response = server.get(&format!("/?chunks={chunks}&bytes={bytes}"));
+        let expected: Vec<u8> = (b'a'..=b'z').cycle().take(chunks).flat_map(|letter| vec![letter; bytes]).collect();
+        assert!(response.body == expected, "{chunks} chunks of {bytes} bytes: {:?}", response.headers);
+    }
+    // one that has returned has written all of it
+    for guest in [HELLO_HTTP, CRASH] {
+        let response = serve(guest, &["-w", "1"]).get("/");
+        assert_eq!(response.header("content-length"), Some(&*response.body.len().to_string()));
+        assert_eq!((response.header("transfer-encoding"), response.chunks.len()), (None, 0));
+    }
+    let response = serve(FOREIGN_HTTP, &["-w", "1"]).post("/echo", "");
+    assert_eq!((response.header("content-length"), response.text()), (Some("0"), String::new()));
+}
+
+#[test]
+fn what_has_no_body_has_none() {
+    let server = serve(CRASH, &["-w", "1"]);
+    // what follows on the same connection would be taken for the body, or the body for what follows
+    let mut client = server.connect();
+    for (request, status, length) in [
+        ("HEAD /", 200, Some("13")),
+        ("HEAD /short", 200, Some("100")),
+        ("HEAD /late?ms=20", 200, None),
+        ("GET /status?code=204", 204, None),
+        ("GET /status?code=304", 304, None),
+        ("HEAD /status?code=404", 404, Some("11")),
+    ] {
+        client.send(format!("{request} HTTP/1.1\r\nHost: a\r\n\r\n"));
+        let response = client.response();
+        assert_eq!((response.status, response.header("content-length")), (status, length), "{request}: {response:?}");
+        assert_eq!(response.header("transfer-encoding"), None, "{request}");
+        client.send_get("/");
+        assert_eq!(client.response().json(), json!({"handled": 1}), "after {request}");
+    }
+    // nor has what wrun itself says
+    client.send("HEAD /trap HTTP/1.1\r\nHost: a\r\n\r\n");
+    assert_eq!(client.response().status, 500);
+    client.send_get("/");
+    assert_eq!(client.response().json(), json!({"handled": 1}));
 }
 
 #[test]
@@ -207,182 +325,119 @@ fn an_instance_lives_as_long_as_it_is_told() {
 }
 
 #[test]
-fn what_a_guest_does_is_its_own_clients_problem() {
-    let args = ["-w", "1", "--memory", "64MiB", "--instance", "worker", "--log-format", "json"];
-    let mut server = serve(CRASH, &args);
-    let pid = event(&mut server, "fork")["pid"].clone();
-    let error = |response: &Response| (response.status, response.json()["error"]["kind"].clone());
-    for (path, kind) in [("/trap", "trapped"), ("/exit?code=3", "exited"), ("/recurse", "trapped")] {
-        let response = server.get(path);
-        assert_eq!(error(&response), (500, json!(kind)), "{path}");
-        assert_eq!(response.json()["request"].as_str(), response.header("x-request-id"));
-        assert!(!response.text().contains("wasm"), "nothing of its inside: {}", response.text());
-        let limit = event(&mut server, "limit");
-        assert_eq!((&limit["worker"], &limit["outcome"]["kind"]), (&json!(1), &json!(kind)));
+fn every_request_has_an_id_of_its_own() {
+    let server = serve(UPLOAD, &["-w", "2", "--balance", "slots"]);
+    let mut clients: Vec<Client> = (0..8).map(|_| server.connect()).collect();
+    let mut ids = vec![];
+    for n in 0..40 {
+        let client = &mut clients[n % 8];
+        client.send("GET / HTTP/1.1\r\nHost: a\r\nX-Request-Id: forged\r\n\r\n");
+        let response = client.response();
+        let id = response.header("x-request-id").unwrap().to_owned();
+        assert!(!response.text().contains("forged") && sees(&response, "x-request-id", &id), "{}", response.text());
+        ids.push(id);
     }
-    assert_eq!(error(&server.get("/none")), (500, json!("failed")));
-    assert_eq!(error(&server.get("/error")), (500, json!("failed")));
-    assert_eq!(server.get("/memory?mib=40").status, 200, "just under");
-    assert_eq!(error(&server.get("/memory?mib=80")), (500, json!("limit")), "just over");
-    assert_eq!(event(&mut server, "limit")["outcome"]["limit"], json!("memory"));
-    // an instance that failed is not used again, and the worker is the same
-    assert_eq!(server.get("/").json(), json!({"handled": 1}));
-    assert_eq!(server.get("/status?code=418").status, 418);
-    server.signal(rustix::process::Signal::TERM);
-    assert_eq!(event(&mut server, "exit")["pid"], pid);
+    ids.sort();
+    ids.dedup();
+    assert_eq!(ids.len(), 40, "{ids:?}");
+}
+
+/// Whether the guest has seen a header.
+#[track_caller]
+fn sees(response: &Response, name: &str, value: &str) -> bool {
+    response.json()["headers"].as_array().unwrap().contains(&json!([name, value]))
 }
 
 #[test]
-fn a_response_that_is_not_whole_does_not_look_whole() {
-    let server = serve(CRASH, &["-w", "1"]);
-    for path in ["/late", "/short"] {
-        assert_eq!(server.get(path).status, 500, "its head was not out yet");
-    }
-    for path in ["/late?ms=50", "/short?ms=50"] {
-        let mut client = server.connect();
-        client.send_get(path);
-        let error = client.try_response().expect_err("it is cut");
-        assert!(matches!(error.kind(), std::io::ErrorKind::UnexpectedEof | std::io::ErrorKind::ConnectionReset));
-    }
-    let server = serve(SPIN, &["-w", "1", "--timeout", "300ms"]);
-    let mut client = server.connect();
-    client.send_get("/late");
-    assert!(client.try_response().is_err(), "its time is over, and its head is out");
-}
-
-#[test]
-fn time_runs_for_those_who_sleep_and_those_who_loop() {
-    for guest in [SLOW, SPIN] {
-        let mut server = serve(guest, &["-w", "1", "--timeout", "500ms", "--log-format", "json"]);
-        assert_eq!(server.get("/?ms=10").status, 200, "just under");
-        let response = server.get("/");
-        assert_eq!((response.status, &response.json()["error"]["kind"]), (504, &json!("limit")));
-        assert_eq!(event(&mut server, "limit")["outcome"]["allowed"], json!("500ms"));
-        assert_eq!(server.get("/?ms=10").status, 200, "the worker lives on");
-    }
-    let server = serve(SLOW, &["-w", "1", "--timeout", "0s"]);
-    assert_eq!(server.get("/?ms=50").status, 200);
-}
-
-#[test]
-fn a_full_worker_says_when_to_come_back() {
-    let server = serve(SLOW, &["-w", "1", "--concurrency", "1", "--queue", "1", "--timeout", "1s"]);
-    let mut at_work = server.connect();
-    at_work.send_get("/late?ms=3600000");
-    at_work.head().unwrap();
-    let mut waiting = server.connect();
-    waiting.send_get("/?ms=1");
-    // the third is one too many, as soon as the second waits
-    let deadline = Instant::now() + Duration::from_secs(20);
-    let refused = loop {
-        let response = server.get("/?ms=1");
-        if response.status == 503 {
-            break response;
+fn only_trusted_proxies_say_whom_they_speak_for() {
+    const HEADERS: [(&str, &str); 7] = [
+        ("x-request-id", "mine"),
+        ("x-forwarded-for", "9.9.9.9"),
+        ("x-forwarded-proto", "https"),
+        ("x-forwarded-host", "h.example"),
+        ("x-forwarded-port", "444"),
+        ("x-real-ip", "8.8.8.8"),
+        ("forwarded", "for=1.1.1.1"),
+    ];
+    let proxied: String = HEADERS.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+    let ask = |server: &Server| server.request(format!("GET / HTTP/1.1\r\nHost: a\r\n{proxied}\r\n"));
+    for stranger in [&[][..], &["--trust-proxy", "10.0.0.0/8"], &["--trust-proxy", "::1"]] {
+        let response = ask(&serve(UPLOAD, &[&["-w", "1"], stranger].concat()));
+        for (name, value) in HEADERS {
+            assert!(!sees(&response, name, value), "{name} with {stranger:?}: {}", response.text());
         }
-        assert!(Instant::now() < deadline, "{response:?}");
-    };
-    assert_eq!(refused.header("retry-after"), Some("1"));
-    assert_eq!(refused.json()["error"]["kind"], json!("full"));
-    // its time runs while it waits; whether it gets its turn first depends on whose time is over first
-    let response = waiting.response();
-    assert!(response.status == 504 || response.status == 200, "{response:?}");
-    assert!(at_work.try_response().is_err(), "its time is over, too");
-    assert_eq!(server.get("/?ms=1").status, 200, "and there is room again");
-}
-
-#[test]
-fn a_guest_that_computes_lets_others_go_on() {
-    let server = serve(SPIN, &["-w", "1"]);
-    let mut spinning = server.connect();
-    spinning.send_get("/?ms=3000");
-    // answered by the same worker while the other one is at work
-    for _ in 0..5 {
-        assert_eq!(server.get("/?ms=1").json(), json!({"spun": 1}));
+        assert_ne!(response.header("x-request-id"), Some("mine"));
+        assert_eq!((&response.json()["scheme"], &response.json()["authority"]), (&json!("HTTP"), &json!("a")));
     }
-    spinning.stream.set_nonblocking(true).unwrap();
-    assert_eq!(spinning.try_response().expect_err("still at work").kind(), std::io::ErrorKind::WouldBlock);
-    spinning.stream.set_nonblocking(false).unwrap();
-    assert_eq!(spinning.response().json(), json!({"spun": 3000}));
-}
-
-#[test]
-fn a_client_that_leaves_takes_its_request_along() {
-    let server = serve(SLOW, &["-w", "1", "--concurrency", "1", "--queue", "0"]);
-    for path in ["/", "/late?ms=3600000"] {
-        let mut leaving = server.connect();
-        leaving.send_get(path);
-        let deadline = Instant::now() + Duration::from_secs(20);
-        let until = |status: u16| {
-            while server.get("/?ms=1").status != status {
-                assert!(Instant::now() < deadline, "{path}: expected {status}");
-            }
-        };
-        until(503);
-        drop(leaving);
-        until(200);
+    for trusted in ["127.0.0.1", "127.0.0.0/8", "0.0.0.0/0"] {
+        let response = ask(&serve(UPLOAD, &["-w", "1", "--trust-proxy", "10.1.1.1", "--trust-proxy", trusted]));
+        for (name, value) in HEADERS {
+            assert!(sees(&response, name, value), "{name} with {trusted}: {}", response.text());
+        }
+        assert_eq!((response.header("x-request-id"), &response.json()["scheme"]), (Some("mine"), &json!("HTTPS")));
     }
-}
-
-#[test]
-fn every_request_has_an_id() {
-    let server = serve(UPLOAD, &["-w", "1"]);
-    let with = |server: &Server, header: &str| {
-        server.request(format!("GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{header}\r\n"))
-    };
-    let id = |response: &Response| response.header("x-request-id").unwrap().to_owned();
-    let (first, second) = (with(&server, ""), with(&server, "X-Request-Id: forged\r\n"));
-    assert_ne!(id(&first), id(&second));
-    assert_ne!(id(&second), "forged");
-    let sees = |response: &Response, name: &str, value: &str| {
-        response.json()["headers"].as_array().unwrap().contains(&json!([name, value]))
-    };
-    assert!(sees(&first, "x-request-id", &id(&first)));
-    assert!(sees(&with(&server, "traceparent: 00-ab-cd-01\r\n"), "traceparent", "00-ab-cd-01"));
-
-    let proxied =
-        "X-Request-Id: mine\r\nX-Forwarded-For: 9.9.9.9\r\nX-Forwarded-Proto: https\r\nForwarded: for=1.1.1.1\r\n";
-    let stranger = with(&server, proxied);
-    assert!(!stranger.text().contains("forwarded") && !stranger.text().contains("mine"), "{}", stranger.text());
-    assert_eq!(stranger.json()["scheme"], json!("HTTP"));
-    for trusted in ["127.0.0.1", "127.0.0.0/8"] {
-        let server = serve(UPLOAD, &["-w", "1", "--trust-proxy", trusted]);
-        let proxy = with(&server, proxied);
-        assert_eq!((id(&proxy), &proxy.json()["scheme"]), ("mine".into(), &json!("HTTPS")));
-        assert!(sees(&proxy, "x-forwarded-for", "9.9.9.9") && sees(&proxy, "forwarded", "for=1.1.1.1"));
-    }
-    let server = serve(UPLOAD, &["-w", "1", "--trust-proxy", "10.0.0.0/8"]);
-    assert_ne!(id(&with(&server, proxied)), "mine");
     wrun(["cluster", UPLOAD, "--listen", "0", "--trust-proxy", "me"]).run().code(2).stderr_has("expected an address");
 }
 
+/// A request whose client would like to write the log itself.
+const HOSTILE: &str = "GET /x?y\"\\ HTTP/1.1\r\nHost: a\r\nConnection: close\r\nUser-Agent: a\"b\u{9b}\u{202e}\\\r\n\
+    Referer: http://r/\r\nTraceparent: 00-ab-cd-01\r\nX-Forwarded-For: 6.6.6.6, 9.9.9.9\r\n\r\n";
+
 #[test]
 fn the_access_log_has_a_line_for_each_request() {
-    let agent = "User-Agent: a\"b\u{202e}\\\r\nReferer: http://r/\r\nX-Forwarded-For: 9.9.9.9\r\n";
-    let request = format!("GET /x?y HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{agent}\r\n");
     let mut server = serve(HELLO_HTTP, &["-w", "1", "--access-log", "--trust-proxy", "127.0.0.1"]);
-    let response = server.request(&request);
+    let response = server.request(HOSTILE);
     let line = server.stderr_line_with("GET");
-    let length = response.body.len();
     assert!(line.starts_with("9.9.9.9 - - [20"), "{line}");
-    let rest = format!("\"GET /x?y HTTP/1.1\" 200 {length} \"http://r/\" \"a\\\"b\\u{{202e}}\\\\\" ");
-    assert!(line.contains(&rest), "{line}\n{rest}");
-    assert!(line.contains(&format!("us {} 1 -", response.header("x-request-id").unwrap())), "{line}");
+    let (length, id) = (response.body.len(), response.header("x-request-id").unwrap());
+    let agent = "a\\\"b\\u{9b}\\u{202e}\\\\";
+    let rest = format!("] \"GET /x?y\\\"\\\\ HTTP/1.1\" 200 {length} \"http://r/\" \"{agent}\" ");
+    let end = line.split_once(&rest).unwrap_or_else(|| panic!("{line}\n{rest}")).1;
+    assert!(end.ends_with(&format!("us {id} 1 00-ab-cd-01")), "{line}");
+    server.request("HEAD / HTTP/1.0\r\nX-Request-Id: \"\\\u{85}\r\n\r\n");
+    let line = server.stderr_line_with("HEAD");
+    assert!(line.starts_with("127.0.0.1 - - [") && line.contains("] \"HEAD / HTTP/1.0\" 200 0 \"-\" \"-\" "), "{line}");
+    assert!(line.ends_with("us \\\"\\\\\\u{85} 1 -"), "{line}");
     server.request("GET / HTTP/1.1\r\n\r\n");
     assert!(server.stderr_line_with(" 400 ").ends_with("\"it has no Host\""));
+}
 
-    let folder = Folder::new();
-    let args = ["cluster", HELLO_HTTP, "--listen", "0", "-w", "1", "--access-log=log", "--log-format", "json"];
-    let server = Server::start(folder.wrun(args));
-    server.request(&request);
-    server.signal(rustix::process::Signal::TERM);
-    let finished = server.running.wait().code(0);
-    assert!(!finished.stderr_text().contains("\"access\""));
-    let record: Value = serde_json::from_str(&folder.read("log")).unwrap();
-    assert_eq!(
-        (&record["event"], &record["status"], &record["client"]),
-        (&json!("access"), &json!(200), &json!("127.0.0.1"))
-    );
-    assert_eq!((&record["method"], &record["target"]), (&json!("GET"), &json!("/x?y")));
+#[test]
+fn the_access_log_can_be_json() {
+    let mut server = serve(HELLO_HTTP, &["-w", "1", "--access-log", "--log-format", "json"]);
+    let response = server.request(HOSTILE);
+    let mut record = event(&mut server, "access");
+    let numbers = ["time_ms", "took_us"].map(|field| record.as_object_mut().unwrap().remove(field).unwrap());
+    assert!(numbers.iter().all(|number| number.as_u64() > Some(0)), "{numbers:?}");
+    let expected = json!({
+        "event": "access", "worker": 1, "client": "127.0.0.1", "method": "GET", "target": "/x?y\"\\",
+        "protocol": "HTTP/1.1", "status": 200, "bytes": response.body.len(),
+        "id": response.header("x-request-id"), "traceparent": "00-ab-cd-01", "referer": "http://r/",
+        "user_agent": "a\"b\u{9b}\u{202e}\\",
+    });
+    assert_eq!(record, expected);
+}
+
+#[test]
+fn the_access_log_can_be_a_file_to_which_lines_are_added() {
+    for format in ["text", "json"] {
+        let folder = Folder::new().file("log", "what was there\n");
+        for _ in 0..2 {
+            let args = ["cluster", HELLO_HTTP, "--listen", "0", "-w", "1", "--access-log=log", "--log-format", format];
+            let server = Server::start(folder.wrun(args));
+            server.get("/in-the-log");
+            server.signal(Signal::TERM);
+            let finished = server.running.wait().code(0).stderr_has("online");
+            assert!(!finished.stderr_text().contains("in-the-log"));
+        }
+        let log = folder.read("log");
+        let lines: Vec<_> = log.lines().collect();
+        assert_eq!((lines.len(), lines[0]), (3, "what was there"), "{log}");
+        for line in &lines[1..] {
+            assert!(line.contains("/in-the-log"), "{log}");
+            assert_eq!(serde_json::from_str::<Value>(line).is_ok(), format == "json", "{log}");
+        }
+    }
     let args = ["cluster", HELLO_HTTP, "--listen", "0", "--access-log=no/such/folder"];
     wrun(args).run().code(125).stderr_has("could not open the log");
 }
@@ -390,9 +445,9 @@ fn the_access_log_has_a_line_for_each_request() {
 #[test]
 fn a_guests_lines_come_with_its_workers_number() {
     let mut server = serve(CRASH, &["-w", "1"]);
-    assert_eq!(server.get("/print?text=hi%20there").status, 200);
-    assert_eq!(server.stderr_line_with("hi there"), "[1] | hi there");
-    assert_eq!(server.stderr_line_with("hi there"), "[1] ! hi there");
+    assert_eq!(server.get("/print?text=hi%20%1b%5b2Jthere").status, 200);
+    assert_eq!(server.stderr_line_with("there"), "[1] | hi \\u{1b}[2Jthere");
+    assert_eq!(server.stderr_line_with("there"), "[1] ! hi \\u{1b}[2Jthere");
 }
 
 #[test]
@@ -405,10 +460,18 @@ fn a_guest_has_no_way_out() {
 
 #[test]
 fn a_guest_that_knows_nothing_of_wrun_is_served() {
-    let server = serve(FOREIGN_HTTP, &["-w", "1"]);
+    let mut server = serve(FOREIGN_HTTP, &["-w", "1"]);
     assert_eq!(server.get("/").text(), "Hello, wasi:http/proxy world!\n");
-    assert_eq!(server.post("/echo", "back and forth").text(), "back and forth");
+    assert_eq!(server.stderr_line_with("serving"), "[1] | serving /");
+    let body = "back and forth, ".repeat(100_000);
+    assert_eq!(server.post("/echo", &body).text(), body);
+    let with = |path: &str, header: &str| {
+        server.request(format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{header}\r\n\r\n"))
+    };
+    assert_eq!(with("/echo-headers", "X-Mine: yes").header("x-mine"), Some("yes"));
+    assert_eq!(with("/response-status", "X-Response-Status: 418").status, 418);
     assert_eq!(server.get("/stream-body").text().lines().count(), 5);
+    assert!(server.get("/wait-response").text().starts_with("slept for 1"));
     assert_eq!(server.get("/nowhere").status, 404);
     assert_eq!(server.get("/response-fail").status, 500);
     assert_eq!(server.get("/response-body-fail").status, 500, "its body is broken off");

@@ -3,7 +3,7 @@
 use guest_artifacts::{DATA_PROCESSOR, ECHO, HOSTILE, WHOAMI};
 use serde_json::json;
 
-use crate::{client::Server, wrun::wrun};
+use crate::{client::Server, supervision::event, wrun::wrun};
 
 fn serve(guest: &str, args: &[&str]) -> Server {
     Server::start(wrun(["cluster", guest, "--listen", "0", "-w", "1"]).args(args))
@@ -36,13 +36,41 @@ fn what_is_no_message_does_not_reach_the_guest() {
         assert_eq!(kind(body), (400, json!("invalid")), "{body}");
     }
     assert_eq!(kind(&"[".repeat(129)), (400, json!("invalid")));
-    let get = server.get("/");
-    assert_eq!((get.status, get.header("allow")), (405, Some("POST")));
+    let mut client = server.connect();
+    for method in ["GET", "HEAD", "PUT", "DELETE", "OPTIONS"] {
+        client.send(format!("{method} / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\n0"));
+        let response = client.response();
+        assert_eq!((response.status, response.header("allow")), (405, Some("POST")), "{method}");
+    }
     assert_eq!(server.post("/", "0").json()["handled"], json!(1), "none of them did");
 
     let server = serve(ECHO, &["--message-max", "100B"]);
     assert_eq!(server.post("/", "7".repeat(100)).status, 200, "just under");
     assert_eq!(server.post("/", "7".repeat(101)).status, 413, "just over");
+}
+
+#[test]
+fn what_is_no_reply_does_not_reach_the_client() {
+    let mut server = serve(HOSTILE, &["--message-max", "1000B", "--log-format", "json"]);
+    let mut client = server.connect();
+    let mut ask = |task: &str| {
+        client.send(format!("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{task}", task.len()));
+        client.response()
+    };
+    let none = ask(r#"{"do":"none"}"#);
+    assert_eq!((none.status, none.header("content-type"), none.header("content-length")), (204, None, None));
+    let error = ask(r#"{"do":"error"}"#);
+    assert_eq!((error.status, &*error.text()), (422, r#"{"error":"as told"}"#));
+    let mut kind = |task: &str| {
+        let response = ask(task);
+        (response.status, response.json()["error"]["kind"].clone())
+    };
+    assert_eq!(kind(r#"{"do":"giant","bytes":1000}"#).0, 200, "just under");
+    assert_eq!(kind(r#"{"do":"giant","bytes":1001}"#), (500, json!("limit")), "just over");
+    assert_eq!(event(&mut server, "limit")["outcome"]["limit"], "message");
+    assert_eq!(kind(r#"{"do":"invalid"}"#), (500, json!("invalid")));
+    assert_eq!(kind(r#"{"do":"deep","depth":128}"#).0, 200, "just under");
+    assert_eq!(kind(r#"{"do":"deep","depth":129}"#), (500, json!("invalid")), "just over");
 }
 
 #[test]

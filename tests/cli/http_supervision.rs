@@ -597,3 +597,34 @@ fn the_address_is_told_when_the_first_worker_takes_connections() {
     assert_eq!((&names[0]["event"], &names[1]["event"], &names[2]), (&json!("fork"), &json!("online"), &listening));
     assert_ne!(server.address.port(), 0);
 }
+
+#[test]
+fn a_memory_that_no_worker_keeps_to_starts_no_storm() {
+    let args = ["--max-memory", "1MiB", "--heartbeat", "100ms", "-w", "1", "--log-format", "json", "--grace", "1s"];
+    let mut server = Server::start(wrun(["cluster", HELLO_HTTP, "--listen", "0"]).args(args));
+    let first = event(&mut server, "fork")["pid"].clone();
+    // the first one is too large and replaced; its successor is just as large, and is let be
+    while server.get("/").json()["pid"] == first {}
+    for _ in 0..500 {
+        assert_eq!(server.get("/").json()["generation"], 2);
+    }
+    server.signal(Signal::TERM);
+    let finished = server.running.wait().code(0);
+    assert_eq!(finished.stderr_text().matches("\"event\":\"fork\"").count(), 2, "{}", finished.transcript());
+}
+
+#[test]
+fn a_port_that_ends_refuses_newcomers_and_waits_for_no_head() {
+    let (server, _) = serve(cluster(SLOW, 1), 1);
+    let mut at_work = server.connect();
+    at_work.send_get("/late?ms=1500");
+    assert_eq!(at_work.head().unwrap().0, 200);
+    let mut begun = server.connect();
+    begun.send("GET / HT");
+    server.signal(Signal::TERM);
+    // the port is given up while the request is still at work
+    eventually("newcomers are refused", || Client::try_connect(server.address).is_err());
+    assert!(begun.is_closed(), "long before its ten seconds are over");
+    assert_eq!(at_work.chunk().unwrap(), b"early\n");
+    let _ = server.running.wait().code(0);
+}

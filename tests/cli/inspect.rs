@@ -1,6 +1,6 @@
 //! `wrun inspect`: what a guest is, what it asks for, which modes can run it.
 
-use guest_artifacts::{ARGS, CAT, CAT_P1, ECHO, HELLO, HELLO_P1, WHOAMI};
+use guest_artifacts::{ARGS, CAT, CAT_P1, ECHO, FOREIGN_HTTP, HELLO, HELLO_HTTP, HELLO_P1, WHOAMI};
 use serde_json::{Value, json};
 
 use crate::{
@@ -51,6 +51,23 @@ fn a_handler() {
     assert_eq!((&found["modes"], &found["refused"]), (&json!(["cluster"]), &json!([])));
     assert_eq!(found["flags"], json!([]));
     assert_eq!(found["exports"], json!(["wrun:guest/handler@0.1.0"]));
+}
+
+#[test]
+fn an_http_guest() {
+    let found = inspect(HELLO_HTTP);
+    assert_eq!((&found["form"], &found["shape"]), (&json!("component"), &json!("http")));
+    assert_eq!((&found["modes"], &found["refused"]), (&json!(["cluster"]), &json!([])));
+    assert_eq!(found["flags"], json!(["--data"]));
+    assert!(has(&found["imports"], "wasi:http/types@0.2.12"), "{found}");
+    assert_eq!(found["exports"], json!(["wasi:http/incoming-handler@0.2.12"]));
+    // one that is a command as well is served
+    let found = inspect(FOREIGN_HTTP);
+    assert_eq!(
+        (&found["shape"], &found["modes"], &found["refused"]),
+        (&json!("http"), &json!(["cluster"]), &json!([]))
+    );
+    assert!(has(&found["exports"], "wasi:cli/run@0.2.0"), "{found}");
 }
 
 #[test]

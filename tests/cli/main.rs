@@ -14,6 +14,7 @@ mod grants;
 mod guests;
 mod help;
 mod http;
+mod http_failures;
 mod http_framing;
 mod http_handlers;
 mod http_limits;

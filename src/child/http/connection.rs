@@ -93,6 +93,13 @@ impl Connection {
         self.command(Order::Finish);
     }
 
+    /// Ends it now, unless a request is at work or its response on the way.
+    pub(super) fn finish_what_is_asked(&self) {
+        if !self.busy.get() && self.writes.get().is_none() {
+            self.command(Order::Cut);
+        }
+    }
+
     /// Notes that its last response is on its way to the end. What the client does next has its time from now on, also
     /// when it has begun already: nobody has read it.
     pub(super) fn rest(&self) {

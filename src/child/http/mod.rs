@@ -87,6 +87,9 @@ impl Port {
 /// Access records and messages of guests that may wait to be written.
 const OUT_MAX: usize = 4 << 20;
 
+/// How long the head of a request may still take when its worker is to end.
+const HEAD_AT_THE_END: Duration = Duration::from_secs(1);
+
 /// What all connections of a worker share.
 struct Server {
     worker: Rc<Worker>,
@@ -206,10 +209,20 @@ impl Server {
                 () = self.quiet() => {}
             }
         }
-        for connection in self.connections.borrow().iter().filter_map(Weak::upgrade) {
-            connection.finish();
+        self.to_all(Connection::finish);
+        tokio::select! {
+            // a head that has begun may still come to its end, but not for as long as heads may take
+            () = tokio::time::sleep(HEAD_AT_THE_END) => {}
+            () = self.quiet() => return,
         }
+        self.to_all(Connection::finish_what_is_asked);
         self.quiet().await;
+    }
+
+    fn to_all(&self, tell: impl Fn(&Connection)) {
+        for connection in self.connections.borrow().iter().filter_map(Weak::upgrade) {
+            tell(&connection);
+        }
     }
 
     async fn quiet(&self) {

@@ -1,7 +1,6 @@
 //! A pool of handler workers: tasks in, answers out. What the tasks come from and where the answers go is a [`Client`].
 
 use std::{
-    collections::VecDeque,
     future::{Future, poll_fn},
     task::{Context, Poll},
     time::{Duration, Instant},
@@ -103,8 +102,8 @@ pub(crate) struct Pool<C: Client> {
     phase: Phase,
     killed: bool,
     timer: std::pin::Pin<Box<tokio::time::Sleep>>,
-    /// What frames asked for while the supervisor was busy handing them out.
-    pending: VecDeque<Pending>,
+    /// What frames told while the supervisor was busy handing them out.
+    pending: Vec<Event>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,11 +114,6 @@ enum Phase {
     Finishing,
     /// Waits for its workers to end.
     Draining,
-}
-
-enum Pending {
-    Reject(WorkerId, String),
-    Emit(Event),
 }
 
 impl<C: Client> Pool<C> {
@@ -140,7 +134,7 @@ impl<C: Client> Pool<C> {
             phase: Phase::Open,
             killed: false,
             timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
-            pending: VecDeque::new(),
+            pending: vec![],
         }
     }
 
@@ -245,18 +239,12 @@ impl<C: Client> Pool<C> {
                 },
                 Kind::TaskEnded => match serde_json::from_slice::<Outcome>(frame.body) {
                     Ok(outcome) => {
-                        pending.push_back(Pending::Emit(Event::Limit { worker, outcome: outcome.clone() }));
+                        pending.push(Event::Limit { worker, outcome: outcome.clone() });
                         Answer::Ended(outcome)
                     }
-                    Err(error) => {
-                        pending.push_back(Pending::Reject(worker, format!("it sent a broken outcome: {error}")));
-                        return;
-                    }
+                    Err(error) => return Err(format!("it sent a broken outcome: {error}")),
                 },
-                kind => {
-                    let reason = format!("it sent {kind:?}, which is not for this pool");
-                    return pending.push_back(Pending::Reject(worker, reason));
-                }
+                kind => return Err(format!("it sent {kind:?}, which is not for this pool")),
             };
             match dispatch.answered(worker, frame.id, now) {
                 Some(task) => {
@@ -266,20 +254,15 @@ impl<C: Client> Pool<C> {
                     }
                     client.complete(task.ticket, answer, task.attempts);
                 }
-                None => pending.push_back(Pending::Reject(
-                    worker,
-                    format!("it answered task {}, which it does not have", frame.id),
-                )),
+                None => return Err(format!("it answered task {}, which it does not have", frame.id)),
             }
+            Ok(())
         });
         for (worker, count) in answered.into_iter().chain(counted) {
             self.supervisor.count_tasks(worker, count);
         }
-        while let Some(pending) = self.pending.pop_front() {
-            match pending {
-                Pending::Reject(worker, reason) => self.supervisor.reject(worker, reason),
-                Pending::Emit(event) => self.supervisor.emit(event),
-            }
+        for event in self.pending.drain(..) {
+            self.supervisor.emit(event);
         }
         step
     }

@@ -2,13 +2,12 @@
 //! request.
 
 use std::{
-    collections::VecDeque,
     future::{Future, poll_fn},
     io,
     net::SocketAddr,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
     time::Instant,
 };
@@ -31,15 +30,9 @@ use crate::{
 pub(super) struct Port {
     address: SocketAddr,
     board: Board,
-    /// One for all workers, or one for each slot. They are kept here, so that connections which wait at them outlive
-    /// the workers.
-    listeners: Listeners,
-}
-
-enum Listeners {
-    Shared(OwnedFd),
-    /// None: its slot has failed, and connections must not be sent there.
-    Slots(Mutex<Vec<Option<OwnedFd>>>),
+    /// One for all workers, or one for each slot. They are kept here, so that connections which wait at them outlive the
+    /// workers. None: nobody will come to accept there, and connections must not wait for it.
+    listeners: Mutex<Vec<Option<OwnedFd>>>,
 }
 
 impl Port {
@@ -49,17 +42,12 @@ impl Port {
             let first = port::bind(address, balance == Balance::Slots)?;
             // the others take the port that the first one got
             let address = port::address_of(&first)?;
-            let listeners = match balance {
-                Balance::Shared => Listeners::Shared(first),
-                Balance::Slots => {
-                    let mut all = vec![Some(first)];
-                    for _ in 1..workers {
-                        all.push(Some(port::bind(address, true)?));
-                    }
-                    Listeners::Slots(Mutex::new(all))
-                }
-            };
-            Ok(Self { address, board: Board::new(workers)?, listeners })
+            let mut listeners = vec![Some(first)];
+            let others = if balance == Balance::Slots { workers - 1 } else { 0 };
+            for _ in 0..others {
+                listeners.push(Some(port::bind(address, true)?));
+            }
+            Ok(Self { address, board: Board::new(workers)?, listeners: Mutex::new(listeners) })
         };
         bind().map_err(|source| Error::Listen { address, source })
     }
@@ -81,25 +69,30 @@ impl Port {
         worker: WorkerId,
         start: impl FnOnce(BorrowedFd<'_>) -> io::Result<T>,
     ) -> io::Result<T> {
-        match &self.listeners {
-            Listeners::Shared(listener) => start(listener.as_fd()),
-            Listeners::Slots(slots) => {
-                let mut slots = slots.lock().unwrap_or_else(PoisonError::into_inner);
-                let slot = &mut slots[worker as usize - 1];
-                let listener = match slot.take() {
-                    Some(listener) => listener,
-                    None => port::bind(self.address, true)?,
-                };
-                start(slot.insert(listener).as_fd())
-            }
+        let mut listeners = self.listeners();
+        let at = (worker as usize - 1) % listeners.len();
+        let listener = match listeners[at].take() {
+            Some(listener) => listener,
+            None => port::bind(self.address, true)?,
+        };
+        start(listeners[at].insert(listener).as_fd())
+    }
+
+    fn listeners(&self) -> MutexGuard<'_, Vec<Option<OwnedFd>>> {
+        self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives up the socket of a slot that has one of its own: the kernel then sends connections to the others.
+    fn close_slot(&self, worker: WorkerId) {
+        let mut listeners = self.listeners();
+        if listeners.len() > 1 {
+            listeners[worker as usize - 1] = None;
         }
     }
 
-    /// Gives up the socket of a slot that has failed: the kernel then sends connections to the others.
-    fn close(&self, worker: WorkerId) {
-        if let Listeners::Slots(slots) = &self.listeners {
-            slots.lock().unwrap_or_else(PoisonError::into_inner)[worker as usize - 1] = None;
-        }
+    /// Gives up the port, as far as it is ours: whoever still has it may accept what waits there.
+    fn close(&self) {
+        self.listeners().fill_with(|| None);
     }
 }
 
@@ -115,8 +108,8 @@ pub(super) struct Server {
     has_listened: bool,
     stopping: bool,
     killed: bool,
-    /// What frames asked for while the supervisor was busy handing them out.
-    pending: VecDeque<Result<Event, (WorkerId, String)>>,
+    /// What frames told while the supervisor was busy handing them out.
+    pending: Vec<Event>,
 }
 
 /// A guest that is being compiled.
@@ -147,7 +140,7 @@ impl Server {
             has_listened: false,
             stopping: false,
             killed: false,
-            pending: VecDeque::new(),
+            pending: vec![],
         }
     }
 
@@ -183,11 +176,11 @@ impl Server {
                 }
                 Poll::Ready(Step::Gone { worker, .. }) => {
                     self.port.board().clear(worker);
-                    self.close_failed();
+                    self.close_vacant();
                 }
                 Poll::Ready(Step::Reloaded(result)) => {
                     self.reloaded(result.map_err(Error::Reload));
-                    self.close_failed();
+                    self.close_vacant();
                 }
                 Poll::Ready(Step::Progress) => {}
                 Poll::Ready(Step::Down(Some(last))) => return Poll::Ready(Err(Error::PoolFailed { last })),
@@ -200,9 +193,9 @@ impl Server {
     }
 
     /// Sees that no connections wait for workers that will not come.
-    fn close_failed(&self) {
+    fn close_vacant(&self) {
         if self.reload.as_ref().is_none_or(|reload| reload.launch.is_some()) {
-            self.supervisor.failed().for_each(|worker| self.port.close(worker));
+            self.supervisor.vacant().for_each(|worker| self.port.close_slot(worker));
         }
     }
 
@@ -217,6 +210,8 @@ impl Server {
                 self.stopping = true;
                 // whoever waits for it hears that nobody will tell
                 (self.reload, self.waiting) = (None, vec![]);
+                // whoever comes from now on is refused, and does not wait for nobody
+                self.port.close();
                 match stop {
                     Stop::Politely => self.supervisor.drain(),
                     Stop::Now => {
@@ -268,33 +263,31 @@ impl Server {
     fn watch(&mut self, cx: &mut Context<'_>) -> Poll<Step> {
         let Self { supervisor, pending, .. } = self;
         let step = supervisor.poll(cx, |worker, frame| event_of(worker, frame, pending));
-        while let Some(pending) = self.pending.pop_front() {
-            match pending {
-                Ok(event) => self.supervisor.emit(event),
-                Err((worker, reason)) => self.supervisor.reject(worker, reason),
-            }
+        for event in self.pending.drain(..) {
+            self.supervisor.emit(event);
         }
         step
     }
 }
 
 /// What a worker's frame says of its requests.
-fn event_of(worker: WorkerId, frame: Frame<'_>, events: &mut VecDeque<Result<Event, (WorkerId, String)>>) {
+fn event_of(worker: WorkerId, frame: Frame<'_>, events: &mut Vec<Event>) -> Result<(), String> {
     match frame.kind {
-        Kind::Access => match serde_json::from_slice::<Box<AccessRecord>>(frame.body) {
-            Ok(record) => {
-                if frame.id > 0 {
-                    let message = format!("{} lines of its access log were dropped: nobody took them", frame.id);
-                    events.push_back(Ok(Event::Error { worker: Some(worker), message }));
-                }
-                events.push_back(Ok(Event::Access { worker, record }));
+        Kind::Access => {
+            let record = serde_json::from_slice::<Box<AccessRecord>>(frame.body);
+            let record = record.map_err(|error| format!("it sent a broken access record: {error}"))?;
+            if frame.id > 0 {
+                let message = format!("{} lines of its access log were dropped: nobody took them", frame.id);
+                events.push(Event::Error { worker: Some(worker), message });
             }
-            Err(error) => events.push_back(Err((worker, format!("it sent a broken access record: {error}")))),
-        },
-        Kind::TaskEnded => match serde_json::from_slice::<Outcome>(frame.body) {
-            Ok(outcome) => events.push_back(Ok(Event::Limit { worker, outcome })),
-            Err(error) => events.push_back(Err((worker, format!("it sent a broken outcome: {error}")))),
-        },
-        kind => events.push_back(Err((worker, format!("it sent {kind:?}, which is not for this pool")))),
+            events.push(Event::Access { worker, record });
+        }
+        Kind::TaskEnded => {
+            let outcome = serde_json::from_slice::<Outcome>(frame.body);
+            let outcome = outcome.map_err(|error| format!("it sent a broken outcome: {error}"))?;
+            events.push(Event::Limit { worker, outcome });
+        }
+        kind => return Err(format!("it sent {kind:?}, which is not for this pool")),
     }
+    Ok(())
 }
