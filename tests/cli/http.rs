@@ -380,7 +380,7 @@ fn only_trusted_proxies_say_whom_they_speak_for() {
 }
 
 /// A request whose client would like to write the log itself.
-const HOSTILE: &str = "GET /x?y\"\\ HTTP/1.1\r\nHost: a\r\nConnection: close\r\nUser-Agent: a\"b\u{9b}\u{202e}\\\r\n\
+const HOSTILE: &str = "GET /x\"?y\\ HTTP/1.1\r\nHost: a\r\nConnection: close\r\nUser-Agent: a\"b\u{9b}\u{202e}\\\r\n\
     Referer: http://r/\r\nTraceparent: 00-ab-cd-01\r\nX-Forwarded-For: 6.6.6.6, 9.9.9.9\r\n\r\n";
 
 #[test]
@@ -391,15 +391,47 @@ fn the_access_log_has_a_line_for_each_request() {
     assert!(line.starts_with("9.9.9.9 - - [20"), "{line}");
     let (length, id) = (response.body.len(), response.header("x-request-id").unwrap());
     let agent = "a\\\"b\\u{9b}\\u{202e}\\\\";
-    let rest = format!("] \"GET /x?y\\\"\\\\ HTTP/1.1\" 200 {length} \"http://r/\" \"{agent}\" ");
+    let rest = format!("] \"GET /x\\\"?y\\\\ HTTP/1.1\" 200 {length} \"http://r/\" \"{agent}\" ");
     let end = line.split_once(&rest).unwrap_or_else(|| panic!("{line}\n{rest}")).1;
     assert!(end.ends_with(&format!("us {id} 1 00-ab-cd-01")), "{line}");
     server.request("HEAD / HTTP/1.0\r\nX-Request-Id: \"\\\u{85}\r\n\r\n");
     let line = server.stderr_line_with("HEAD");
     assert!(line.starts_with("127.0.0.1 - - [") && line.contains("] \"HEAD / HTTP/1.0\" 200 0 \"-\" \"-\" "), "{line}");
     assert!(line.ends_with("us \\\"\\\\\\u{85} 1 -"), "{line}");
-    server.request("GET / HTTP/1.1\r\n\r\n");
-    assert!(server.stderr_line_with(" 400 ").ends_with("\"it has no Host\""));
+}
+
+#[test]
+fn the_access_log_tells_of_what_was_no_request_too() {
+    let mut server = serve(HELLO_HTTP, &["-w", "1", "--access-log", "--header-max", "8KiB", "--header-timeout", "1s"]);
+    let long = "x".repeat(9 << 10);
+    for (bytes, status) in [
+        ("GET / HTTP/1.1\r\n\r\n", 400),
+        ("GET / HTTP/1.1\r\nHost: a", 408),
+        ("GET /<> HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        ("GET / HTTP/1.1\r\nHost: a\r\nX: \x01\r\n\r\n", 400),
+        (&*format!("GET / HTTP/1.1\r\nHost: a\r\nX: {long}\r\n\r\n"), 431),
+    ] {
+        assert_eq!(server.request(bytes).status, status, "{bytes:.60}");
+        let line = server.stderr_line_with("127.0.0.1");
+        assert!(line.contains(&format!("] \"- - -\" {status} 0 \"-\" \"-\" ")), "{bytes:.60}: {line}");
+        let why = line.rsplit_once(" - \"").unwrap_or_else(|| panic!("{bytes:.60}: {line}")).1;
+        assert!(why.ends_with('"') && why.len() > 5, "{bytes:.60}: {line}");
+    }
+}
+
+#[test]
+fn the_access_log_has_one_line_for_a_request_whose_body_breaks_off() {
+    let mut server = serve(UPLOAD, &["-w", "1", "--access-log"]);
+    let mut client = server.connect();
+    client.send("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\nabc\r\n0\r\n\r\n");
+    assert_eq!(client.response().json()["error"], "connection terminated");
+    // what is told of the connection is told when it ends
+    assert!(client.is_closed());
+    server.get("/next");
+    for start in ["POST / HTTP/1.1\" 200 ", "GET /next HTTP/1.1\" 200 "] {
+        let line = server.stderr_line_with("127.0.0.1");
+        assert!(line.contains(&format!("] \"{start}")), "{line}");
+    }
 }
 
 #[test]
@@ -410,7 +442,7 @@ fn the_access_log_can_be_json() {
     let numbers = ["time_ms", "took_us"].map(|field| record.as_object_mut().unwrap().remove(field).unwrap());
     assert!(numbers.iter().all(|number| number.as_u64() > Some(0)), "{numbers:?}");
     let expected = json!({
-        "event": "access", "worker": 1, "client": "127.0.0.1", "method": "GET", "target": "/x?y\"\\",
+        "event": "access", "worker": 1, "client": "127.0.0.1", "method": "GET", "target": "/x\"?y\\",
         "protocol": "HTTP/1.1", "status": 200, "bytes": response.body.len(),
         "id": response.header("x-request-id"), "traceparent": "00-ab-cd-01", "referer": "http://r/",
         "user_agent": "a\"b\u{9b}\u{202e}\\",
@@ -427,7 +459,7 @@ fn the_access_log_can_be_a_file_to_which_lines_are_added() {
             let server = Server::start(folder.wrun(args));
             server.get("/in-the-log");
             server.signal(Signal::TERM);
-            let finished = server.running.wait().code(0).stderr_has("online");
+            let finished = server.running.wait().code(0).stderr_has("worker");
             assert!(!finished.stderr_text().contains("in-the-log"));
         }
         let log = folder.read("log");

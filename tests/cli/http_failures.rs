@@ -159,7 +159,7 @@ fn a_full_worker_says_when_to_come_back() {
             client.send_get("/?ms=1");
             thread::spawn(move || answered.send(client.try_response()));
         }
-        let mut next = || answers.recv_timeout(PATIENCE).expect("an answer").expect("a whole one");
+        let next = || answers.recv_timeout(PATIENCE).expect("an answer").expect("a whole one");
         let refused = next();
         assert_eq!(error(&refused), (503, json!("full")), "{queue} may wait");
         assert_eq!(refused.header("retry-after"), Some("1"));

@@ -331,13 +331,13 @@ fn what_has_no_end_is_cut_off_and_costs_no_memory() {
         ("GET /".into(), "x", 431),
         ("GET / HTTP/1.1\r\n".into(), "X: a\r\n", 431),
         (String::new(), "\r\n", 431),
-        (chunked.into(), "10\r\n0123456789abcdef\r\n", 413),
+        (chunked.into(), "40\r\n0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef\r\n", 413),
         (format!("{chunked}fffffffffffffff\r\n"), "x", 413),
         // the guest hears of it and answers
         (format!("{chunked}1;"), "x", 200),
         (format!("{chunked}0\r\n"), "x: y\r\n", 200),
     ];
-    let (server, worker) = serve(UPLOAD, &["--body-max", "4MiB"]);
+    let (server, worker) = serve(UPLOAD, &["--body-max", "16MiB"]);
     server.get("/");
     let before = worker.memory_kib(NOW);
     let floods = endless.map(|(start, rest, status)| {

@@ -163,11 +163,16 @@ fn an_idle_connection_is_closed_and_a_used_one_is_not() {
 #[test]
 fn empty_lines_keep_no_connection_alive() {
     let (server, _) = serve(HELLO_HTTP, &["--idle-timeout", "500ms", "--header-timeout", "500ms"]);
-    let mut client = server.connect();
-    let begun = Instant::now();
-    while client.stream.write_all(b"\r\n").is_ok() {
-        assert!(begun.elapsed() < SOON, "it is still there");
-        pause(50);
+    for pieces in [["\r\n", "\r\n"], ["\r", "\n"]] {
+        let mut client = server.connect();
+        let begun = Instant::now();
+        for piece in pieces.iter().cycle() {
+            if client.stream.write_all(piece.as_bytes()).is_err() {
+                break;
+            }
+            assert!(begun.elapsed() < SOON, "it is still there");
+            pause(50);
+        }
     }
 }
 

@@ -72,14 +72,14 @@ impl Guest for Crash {
 fn late(answer: ResponseOutparam, pause_ms: Option<u64>) -> io::Result<()> {
     let mut body = Body::open(answer, 200, &[("content-type", "text/plain")]);
     body.send(b"so far, so good\n")?;
-    pause_ms.map(sleep);
+    pause_ms.into_iter().for_each(sleep);
     panic!("told to trap late")
 }
 
 fn short(answer: ResponseOutparam, pause_ms: Option<u64>) -> io::Result<()> {
     let mut body = Body::open(answer, 200, &[("content-type", "text/plain"), ("content-length", "100")]);
     body.send(b"ten bytes\n")?;
-    pause_ms.map(sleep);
+    pause_ms.into_iter().for_each(sleep);
     body.finish(None)
 }
 

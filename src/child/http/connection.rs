@@ -184,27 +184,29 @@ pub(super) async fn run(server: Rc<Server>, stream: TcpStream, peer: IpAddr) {
         match connection.order.take() {
             None => {}
             Some(Order::Finish) => Pin::new(&mut serving).graceful_shutdown(),
-            Some(order) => return Poll::Ready(Some(order)),
+            Some(order) => return Poll::Ready(Err(order)),
         }
-        // how it ended is for the client to know
-        Pin::new(&mut serving).poll(cx).map(|_| None)
+        Pin::new(&mut serving).poll(cx).map(Ok)
     })
     .await;
     let Io { stream, framing, .. } = serving.into_parts().io;
-    if end == Some(Order::TooSlow) {
+    if end.as_ref().is_err_and(|order| *order == Order::TooSlow) {
         // there is room: nothing else was written
         let _ = stream.try_write(TOO_SLOW);
     }
     if server.config.access_log {
-        match connection.refused.get() {
-            Some(reason) => request::log_refused(&server, &connection, 400, reason),
-            None if end == Some(Order::TooSlow) => {
-                request::log_refused(&server, &connection, 408, "its head took too long");
-            }
-            None => {}
+        let refused = match (&end, connection.refused.get()) {
+            (Ok(_), Some(reason)) => Some((400, reason.to_owned())),
+            (Ok(Err(error)), None) if error.is_parse_too_large() => Some((431, "its head is too large".into())),
+            (Ok(Err(error)), None) if error.is_parse() => Some((400, error.to_string())),
+            (Err(Order::TooSlow), _) => Some((408, "its head took too long".into())),
+            _ => None,
+        };
+        if let Some((status, reason)) = refused {
+            request::log_refused(&server, &connection, status, reason);
         }
     }
-    if end.is_none() && framing.doing() != Doing::Nothing {
+    if end.is_ok() && framing.doing() != Doing::Nothing {
         let _ = tokio::time::timeout(LINGER, discard(stream)).await;
     }
 }

@@ -215,13 +215,14 @@ impl Streamed {
     }
 }
 
-impl Drop for Streamed {
+impl Drop for Reply {
     /// A guest may go on after its response, if the client has all of that; when the client has gone, so does the guest.
     fn drop(&mut self) {
-        if let Some(work) = self.work.take()
-            && self.complete
+        if let Content::Guest(streamed) = &mut self.content
+            && let Some(work) = streamed.work.take()
+            && streamed.complete
         {
-            tokio::task::spawn_local(work);
+            self.ticket.go_on(work);
         }
     }
 }

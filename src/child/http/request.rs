@@ -441,6 +441,17 @@ impl Ticket {
         self.server.failed(outcome);
     }
 
+    /// Lets a guest go on whose response is on its way.
+    pub(super) fn go_on(&self, work: Work) {
+        let server = self.server.clone();
+        tokio::task::spawn_local(async move {
+            if let Err(outcome) = work.await {
+                server.failed(&outcome);
+            }
+            server.flush();
+        });
+    }
+
     /// A whole response, of JSON if it has a body.
     fn respond(self, status: StatusCode, body: impl Into<Bytes>) -> Response<Reply> {
         self.status.set(status.as_u16());
@@ -514,8 +525,8 @@ fn nothing_known(client: IpAddr) -> AccessRecord {
 }
 
 /// Tells of what was refused before it was a request.
-pub(super) fn log_refused(server: &Server, connection: &Connection, status: u16, reason: &str) {
-    server.log(&AccessRecord { status, refused: Some(reason.into()), ..nothing_known(connection.peer) });
+pub(super) fn log_refused(server: &Server, connection: &Connection, status: u16, reason: String) {
+    server.log(&AccessRecord { status, refused: Some(reason), ..nothing_known(connection.peer) });
 }
 
 /// The id of a worker's request: unlike any other's.
