@@ -211,23 +211,27 @@ pub(super) async fn run(server: Rc<Server>, stream: TcpStream, peer: IpAddr) {
     }
 }
 
-/// How long a client that is still sending may take to see that it was answered.
+/// How long a client that is still sending may take to see that it was answered, and how much of what it sends meanwhile
+/// is taken.
 const LINGER: Duration = Duration::from_secs(1);
+const DISCARDED_MAX: usize = 64 << 20;
 
 /// Takes what a client still sends after its last response. To close at once would reset the connection, and the client
 /// would lose the response that says why.
 async fn discard(stream: Rc<TcpStream>) -> io::Result<()> {
     rustix::net::shutdown(&*stream, Shutdown::Write)?;
     let mut bytes = [0; 4 << 10];
-    loop {
+    let mut left = DISCARDED_MAX;
+    while left > 0 {
         stream.readable().await?;
         match stream.try_read(&mut bytes) {
             Ok(0) => return Ok(()),
-            Ok(_) => {}
+            Ok(count) => left = left.saturating_sub(count),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
     }
+    Ok(())
 }
 
 /// The least that the server may buffer each way.
@@ -312,8 +316,8 @@ impl Read for Io {
         let before = framing.doing();
         match framing.look(bytes) {
             Ok(()) => to.put_slice(bytes),
-            Err(Refused { good, poison, reason }) => {
-                connection.refused.set(Some(reason));
+            Err(Refused { good, poison, is_body, reason }) => {
+                connection.refused.set(Some(reason).filter(|_| !is_body));
                 to.put_slice(&bytes[..good]);
                 to.put_slice(&poison[..poison.len().min(to.remaining())]);
             }

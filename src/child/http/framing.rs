@@ -73,6 +73,8 @@ pub(super) struct Refused {
     pub(super) good: usize,
     /// What goes on in their place.
     pub(super) poison: &'static [u8],
+    /// Whether they are of a body: then its request is there and has its own end.
+    pub(super) is_body: bool,
     /// Why, in words.
     pub(super) reason: &'static str,
 }
@@ -115,8 +117,9 @@ impl Framing {
                         State::Chunked(Chunked::Extension { .. }) => POISON_OF_EXTENSION,
                         _ => POISON,
                     };
+                    let is_body = matches!(self.state, State::Chunked(_));
                     self.state = State::Over;
-                    return Err(Refused { good: at, poison, reason });
+                    return Err(Refused { good: at, poison, is_body, reason });
                 }
             }
         }
