@@ -254,6 +254,9 @@ fn both_ways_at_once_with_trailers() {
         3\r\none\r\n0\r\nX-Checksum: 42\r\n\r\n";
     let response = server.request(request);
     assert_eq!((response.text(), response.trailers), ("one".into(), vec![("x-checksum".into(), "42".into())]));
+    // also from a guest that has nothing else to say, and is done at once
+    let response = server.request(request.replace("3\r\none\r\n", ""));
+    assert_eq!((response.text(), response.trailers), (String::new(), vec![("x-checksum".into(), "42".into())]));
     // a client that cannot take trailers gets none
     assert_eq!(server.request(request.replace("TE: trailers\r\n", "")).trailers, []);
 
@@ -503,7 +506,7 @@ fn a_guest_that_knows_nothing_of_wrun_is_served() {
     assert_eq!(with("/echo-headers", "X-Mine: yes").header("x-mine"), Some("yes"));
     assert_eq!(with("/response-status", "X-Response-Status: 418").status, 418);
     assert_eq!(server.get("/stream-body").text().lines().count(), 5);
-    assert!(server.get("/wait-response").text().starts_with("slept for 1"));
+    assert!(server.get("/wait-response").text().starts_with("slept for "));
     assert_eq!(server.get("/nowhere").status, 404);
     assert_eq!(server.get("/response-fail").status, 500);
     assert_eq!(server.get("/response-body-fail").status, 500, "its body is broken off");
