@@ -234,8 +234,8 @@ fn event_line(event: &Event) -> String {
 }
 
 /// A request as one line, in the order of the common log format, with the time in UTC as RFC 3339:
-/// `CLIENT - - [TIME] "METHOD TARGET PROTOCOL" STATUS BYTES "REFERER" "USER AGENT" MICROSECONDSus ID WORKER TRACEPARENT`, and `"WHY"` when it
-/// was refused before it was a request.
+/// `CLIENT - - [TIME] "METHOD TARGET PROTOCOL" STATUS BYTES "REFERER" "USER AGENT" MICROSECONDSus ID WORKER TRACEPARENT`,
+/// and `"WHY"` when it was refused before it was a request.
 fn access_line(worker: WorkerId, record: &AccessRecord) -> String {
     let or_none = |text: &Option<String>| text.as_deref().map_or_else(|| "-".into(), quoted);
     let time = humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_millis(record.time_ms));

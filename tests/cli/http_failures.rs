@@ -61,7 +61,9 @@ fn what_a_guest_does_is_its_own_clients_problem() {
     }
     assert_eq!(ask(&mut client, "/memory?mib=60").status, 200, "just under");
     for path in ["/none", "/error", "/short", "/status?code=101"] {
-        assert_eq!(error(&ask(&mut client, path)), (500, json!("failed")), "{path}");
+        let response = ask(&mut client, path);
+        assert_eq!(error(&response), (500, json!("failed")), "{path}");
+        assert!(!response.text().contains("told to fail"), "nothing of its inside: {}", response.text());
     }
     assert_eq!(ask(&mut client, "/status?code=418").status, 418);
     // and so does the worker

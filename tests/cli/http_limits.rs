@@ -14,7 +14,7 @@ use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit, setrlim
 
 use crate::{
     client::{Client, PATIENCE, Response, Server},
-    load::SOON,
+    load::{SOON, eventually},
     supervision::{children, event, pid},
     wrun::{Wrun, wrun},
 };
@@ -73,16 +73,6 @@ impl Worker {
     #[track_caller]
     pub(super) fn until_open(self, count: usize) {
         eventually(&format!("{self:?} has {count} open"), || self.open() == count);
-    }
-}
-
-/// Waits until this holds, which nobody tells of.
-#[track_caller]
-pub(super) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + SOON;
-    while !holds() {
-        assert!(Instant::now() < deadline, "{what}, within {SOON:?}");
-        thread::yield_now();
     }
 }
 

@@ -6,8 +6,6 @@ use std::{
     io::ErrorKind,
     net::{TcpListener, TcpStream},
     path::PathBuf,
-    thread,
-    time::Instant,
 };
 
 use guest_artifacts::{CRASH, CRASH_AT_START, ECHO, HELLO, HELLO_HTTP, SLOW};
@@ -16,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::{
     client::{Client, Server},
-    load::{Load, SOON, Who},
+    load::{Load, Who, eventually},
     supervision::{children, event, events, gone, pid},
     wrun::{Folder, Wrun, wrun},
 };
@@ -51,16 +49,6 @@ fn processes(server: &Server) -> Vec<Pid> {
     let mut pids = children(server.pid());
     pids.sort_by_key(|pid| pid.as_raw_pid());
     pids
-}
-
-/// Waits until this holds, which nobody tells of.
-#[track_caller]
-fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + SOON;
-    while !holds() {
-        assert!(Instant::now() < deadline, "{what}, within {SOON:?}");
-        thread::yield_now();
-    }
 }
 
 /// Waits until a worker has begun so many requests: the third of its counters.

@@ -15,7 +15,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustix::process::Pid;
@@ -25,6 +25,16 @@ use crate::client::{Client, Response, Server};
 
 /// How long something may take that is waited for.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
+
+/// Waits until this holds, which nobody tells of.
+#[track_caller]
+pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + SOON;
+    while !holds() {
+        assert!(Instant::now() < deadline, "{what}, within {SOON:?}");
+        thread::yield_now();
+    }
+}
 
 /// After how long without an answer a request counts as hung.
 const HUNG: Duration = Duration::from_secs(10);

@@ -101,10 +101,8 @@ struct Server {
     /// Connections that are there.
     connections: RefCell<Vec<Weak<Connection>>>,
     held: Cell<u32>,
-    /// Whether it has been asked to end: responses say so to their clients.
+    /// Whether it has been asked to end: responses say so to their clients, and the board hears of it no more.
     draining: Cell<bool>,
-    /// Whether nothing is to be told on its slot of the board any more.
-    has_left: Cell<bool>,
     /// Something has ended that a drain may wait for.
     ended: Rc<Notify>,
     requests: Cell<u64>,
@@ -142,7 +140,6 @@ pub(super) async fn serve(
         connections: RefCell::default(),
         held: Cell::new(0),
         draining: Cell::new(false),
-        has_left: Cell::new(false),
         ended,
         requests: Cell::new(0),
         records_dropped: Cell::new(0),
@@ -200,7 +197,6 @@ impl Server {
     /// Waits until all connections are gone and no guest is at work.
     async fn drain(self: Rc<Self>, linger: Duration) {
         self.draining.set(true);
-        self.has_left.set(true);
         self.board.leave(self.id, self.generation);
         if self.held.get() > 0 && !linger.is_zero() {
             // whoever sends a request meanwhile is told with its response that it was the last
@@ -239,7 +235,7 @@ impl Server {
     fn note_connections(&self, change: i32) {
         let held = self.held.get().saturating_add_signed(change);
         self.held.set(held);
-        if !self.has_left.get() {
+        if !self.draining.get() {
             self.board.hold(self.id, self.generation, held);
         }
         if held == 0 {

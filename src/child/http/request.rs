@@ -236,7 +236,7 @@ async fn serve(
     let response = match head {
         None if too_large.is() => return refuse(Problem::too_large(body_max), id, ticket),
         None => return refuse(internal("the guest gave no response"), id, ticket),
-        Some(Err(code)) => return refuse(internal(&format!("the guest gave up: {code}")), id, ticket),
+        Some(Err(_)) => return refuse(internal("the guest gave up"), id, ticket),
         Some(Ok(response)) if response.status().is_informational() => {
             return refuse(internal("the guest's response is not a final one"), id, ticket);
         }

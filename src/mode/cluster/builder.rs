@@ -311,8 +311,8 @@ impl Builder {
     /// Starts the pool on a thread of its own, and waits until its guest is compiled and its first worker is ready.
     ///
     /// # Errors
-    /// When the guest cannot be loaded or is no handler, something granted is not there, no worker gets ready, or
-    /// [`init`](crate::init) was not called first.
+    /// When the guest cannot be loaded or is of no shape that can be served, something granted is not there, the
+    /// address cannot be listened on, no worker gets ready, or [`init`](crate::init) was not called first.
     pub async fn start(self) -> Result<Cluster, Error> {
         let (started, ready) = oneshot::channel();
         // The kernel ends workers together with the thread that made them, so that thread is the pool's own.
@@ -386,15 +386,13 @@ impl Builder {
 
     /// Takes the port, compiles the guest and makes what serves it; its workers start when it runs.
     pub(super) async fn server(
-        mut self,
+        self,
         orders: mpsc::UnboundedReceiver<Order>,
         events: EventSink,
     ) -> Result<Server, Error> {
         let address = self.listen.ok_or_else(|| Error::Usage("expected an address to listen on".into()))?;
         self.check()?;
         let port = Arc::new(Port::bind(address, self.balance, self.workers)?);
-        // the others take the same when their guest is reloaded
-        self.listen = Some(port.address());
         let launch = self.launch(Some(port.clone())).await?;
         let supervisor = Supervisor::new(self.workers, self.watch(), launch, events);
         Ok(Server::new(supervisor, port, self, orders))
