@@ -6,7 +6,7 @@ use std::{io, net::SocketAddr};
 
 use crate::{
     message::MessageError,
-    outcome::{End, Outcome},
+    outcome::{End, Outcome, Stage},
     sandbox::LoadError,
 };
 
@@ -65,7 +65,7 @@ impl Error {
     pub(crate) fn of_pool(self) -> Self {
         match self {
             Self::PoolFailed { last: Outcome { end: End::Failed { stage, reason, hint }, .. } }
-                if stage.is_guests() =>
+                if stage.is_hopeless() =>
             {
                 LoadError::Reported { stage, reason, hint }.into()
             }
@@ -96,6 +96,7 @@ impl Error {
         match self {
             Self::Usage(_) | Self::Message(_) | Self::Load(LoadError::Grant(_)) => ExitCode::Usage,
             Self::Load(LoadError::NotFound { .. }) => ExitCode::NoSuchGuest,
+            Self::Load(LoadError::Reported { stage: Stage::Jail, .. }) => ExitCode::Cannot,
             Self::Load(_) => ExitCode::NotRunnable,
             Self::Listen { source, .. } if source.kind() == io::ErrorKind::AddrInUse => ExitCode::AddressInUse,
             Self::Io { .. } | Self::Listen { .. } | Self::Reload(_) | Self::Stopped => ExitCode::Cannot,

@@ -11,7 +11,7 @@
 //! | serve a port with a pool of http guests or handlers | [`Cluster`], [`listen`](cluster::Builder::listen) |
 //! | feed JSON lines to a pool | [`cluster::lines`] |
 //! | say what a guest is | [`inspect`] |
-//! | compile ahead | [`compile_into`], [`compile_to`] |
+//! | compile ahead | [`Compile`] |
 //!
 //! # The map
 //!
@@ -23,11 +23,12 @@
 //!        │                    │
 //!        │        supervisor/{slot, restart, worker}     slots of workers: start, watch, drain, replace
 //!        │                    │
-//!        │        process/{wire, page, port, child}    one child process: frames, counters, its end
+//!        │        process/{wire, page, port, child, jail, filter}    one child process: frames, counters, walls, its end
 //!        │                    ┊  (a socket pair)
-//!        │        child/{worker, http/, compiler, pulse, output}    what such a process does
+//!        │        child/{worker, http/, command, compiler, pulse, output}    what such a process does
 //!        │                    │
-//!   sandbox/{guest, inspect, code, cache, engine, host/, instance, stdio}    the engine, and nothing else knows it
+//!   sandbox/{guest, inspect, precheck, code, cache, engine, host/, instance, stdio}    the engine, and nothing else
+//!        │                                                                             knows it
 //!        │
 //!   message  outcome  event  grant  limits  error    plain data, used by all
 //! ```
@@ -42,8 +43,15 @@
 //! the guest in the connection's own task, so that a client that leaves takes its guest with it. The primary sees no
 //! request; it hears how guests ended, and sees to it that there are workers.
 //!
+//! A guest's way: its bytes go to a compiler, a child with bounds of its own ([`limits::CompileLimits`]), and come back
+//! as code, which the primary keeps and never looks into. A worker maps the code, closes the jail behind itself
+//! (`process/jail`), and only then links and starts the guest.
+//!
 //! # Invariants
 //!
+//! - Two walls stand between a guest and the host: the engine, and what the system lets the guest's process do. Only
+//!   [`Run`] can do with the first alone ([`Isolation::Thread`]).
+//! - A guest is compiled in no process that has anything else to do.
 //! - Guest code runs in [`sandbox`](self) only, and no type of the engine leaves that folder. The primary of a pool
 //!   runs no guest code and parses no guest: children do.
 //! - A guest that fails is an [`Outcome`](outcome::Outcome), never an [`Error`].
@@ -57,7 +65,7 @@
 //!   comes out.
 //! - Modes tell what happens as [`event`]s and do not print; `report` in the command is the only code that does.
 //! - `unsafe` is in `sandbox/code.rs` (mapping machine code), `process/page.rs` (shared counters), `process/child.rs` (the
-//!   inherited socket) and `child/http/accept.rs` (the inherited listener).
+//!   inherited socket and descriptors) and `child/http/accept.rs` (the inherited listener).
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("wrun runs on Linux only: its workers are made of memfds, pidfds and seals");
@@ -77,5 +85,6 @@ mod supervisor;
 pub use child::init;
 pub use error::{Error, ExitCode};
 pub use mode::*;
+pub use process::Isolation;
 pub use sandbox::{Cache, Form, Guest, Inspection, LoadError, Shape, Source};
 pub use supervisor::Restart;

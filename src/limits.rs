@@ -74,19 +74,65 @@ pub struct Limits {
     pub stack: Bytes,
     /// The longest message, either way. Default 1 MiB.
     pub message_max: Bytes,
+    /// The most files that one instance may hold open, in a worker process. Beyond, opening fails. Default 64.
+    pub open_files: u32,
+    /// The largest file that it may write, in a worker process. Beyond, writing fails. Default 1 GiB.
+    pub file_size: Bytes,
 }
 
 impl Limits {
     /// The limits of a single run: no time limit.
     #[must_use]
     pub const fn of_a_run() -> Self {
-        Self { memory: Bytes::mib(256), timeout: None, fuel: None, stack: Bytes::kib(512), message_max: Bytes::mib(1) }
+        Self {
+            memory: Bytes::mib(256),
+            timeout: None,
+            fuel: None,
+            stack: Bytes::kib(512),
+            message_max: Bytes::mib(1),
+            open_files: 64,
+            file_size: Bytes::mib(1024),
+        }
     }
 
     /// The limits of a task in a pool: 30 seconds each.
     #[must_use]
     pub const fn of_a_task() -> Self {
         Self { timeout: Some(Duration::from_secs(30)), ..Self::of_a_run() }
+    }
+}
+
+/// What bounds the compilation of a guest, which happens in a process of its own.
+///
+/// The first two hold whatever the guest is. The others are looked at before anything is compiled: a small guest can be
+/// made so that compiling it takes gigabytes and hours, and what is beyond these is more likely to be one of those than
+/// a program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CompileLimits {
+    /// The most CPU time, in whole seconds, and the longest by the clock on the wall. Default 300 s.
+    pub time: Duration,
+    /// The most memory. Default 4 GiB.
+    pub memory: Bytes,
+    /// The most functions of all modules together. Default 300,000.
+    pub functions: u32,
+    /// The most local variables of one function, its parameters included. Default 10,000.
+    pub locals: u32,
+    /// The largest function, in bytes of the binary. Default 2 MiB.
+    pub body: Bytes,
+    /// How deep blocks may be nested in a function. Default 10,000.
+    pub nesting: u32,
+}
+
+impl Default for CompileLimits {
+    fn default() -> Self {
+        Self {
+            time: Duration::from_mins(5),
+            memory: Bytes::mib(4096),
+            functions: 300_000,
+            locals: 10_000,
+            body: Bytes::mib(2),
+            nesting: 10_000,
+        }
     }
 }
 

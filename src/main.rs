@@ -7,7 +7,7 @@ use std::{fs, io, path::PathBuf, process::ExitCode, sync::mpsc, thread, time::Du
 
 use clap::Parser;
 use wrun::{
-    CompileFlags, Error, Run, Shape,
+    Compile, Error, Run, Shape,
     cluster::{End, lines, serve},
     event::Event,
     limits::Bytes,
@@ -48,6 +48,8 @@ fn run(args: RunArgs, printer: Printer) -> Result<u8, Error> {
         .limits(args.limits.limits(args.timeout, Bytes::mib(1)))
         .cache(args.cache.cache())
         .precompiled(args.precompiled)
+        .isolation(args.isolation.into())
+        .compile_limits(args.compile.limits())
         .run_or_exit(move |outcome| {
             let code = outcome.end.exit_code();
             // whoever should read the news may be as stuck as the guest: the end waits for neither for long
@@ -130,10 +132,10 @@ fn cluster(args: ClusterArgs, printer: Printer) -> Result<u8, Error> {
 }
 
 fn compile(args: &CompileArgs) -> Result<u8, Error> {
-    let flags = CompileFlags { epoch_checks: args.epoch, fuel: args.fuel };
+    let compile = Compile::new(&args.guest).epoch_checks(args.epoch).fuel(args.fuel).limits(args.limits.limits());
     match &args.output {
-        Some(output) => wrun::compile_to(&args.guest, output, flags)?,
-        None => report::result(&wrun::compile_into(&args.cache.cache(), &args.guest, flags)?.0.display().to_string()),
+        Some(output) => compile.to_file(output)?,
+        None => report::result(&compile.into_cache(&args.cache.cache())?.0.display().to_string()),
     }
     Ok(0)
 }

@@ -55,7 +55,7 @@ pub enum End {
     Cancelled,
     /// wrun could not start or keep the guest.
     Failed {
-        /// In which step: `load`, `compile`, `link`, `start`, `protocol` or `hung`.
+        /// In which step: `load`, `compile`, `link`, `jail`, `start`, `protocol` or `hung`.
         stage: Stage,
         /// Why, in words.
         reason: String,
@@ -75,6 +75,8 @@ pub enum Stage {
     Compile,
     /// Matching its imports with what wrun offers.
     Link,
+    /// Closing the walls around its process.
+    Jail,
     /// Making its first instance.
     Start,
     /// Speaking with its worker.
@@ -84,9 +86,9 @@ pub enum Stage {
 }
 
 impl Stage {
-    /// Whether the guest is at fault, so that another try would end the same way.
-    pub(crate) fn is_guests(self) -> bool {
-        matches!(self, Self::Load | Self::Compile | Self::Link)
+    /// Whether another try would end the same way: the guest is at fault, or the system.
+    pub(crate) fn is_hopeless(self) -> bool {
+        matches!(self, Self::Load | Self::Compile | Self::Link | Self::Jail)
     }
 }
 
@@ -153,7 +155,7 @@ impl End {
             Self::Killed { signal } => u8::try_from(128 + signal).unwrap_or(255),
             Self::Cancelled => 130,
             Self::Failed { stage: Stage::Load | Stage::Compile | Stage::Link, .. } => 126,
-            Self::Failed { stage: Stage::Start | Stage::Hung, .. } => 125,
+            Self::Failed { stage: Stage::Jail | Stage::Start | Stage::Hung, .. } => 125,
         }
     }
 }

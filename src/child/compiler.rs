@@ -3,27 +3,26 @@
 
 use std::{
     fs::File,
-    future::poll_fn,
     io::{Read, Seek, SeekFrom, Write},
     os::fd::AsFd,
     path::PathBuf,
-    task::Poll,
     time::Instant,
 };
 
-use rustix::fs::MemfdFlags;
+use rustix::{fs::MemfdFlags, process::Signal};
 use serde::{Deserialize, Serialize};
 
+use super::{enter, exit_with_primary};
 use crate::{
     Error,
-    limits::Bytes,
-    outcome::{End, Outcome, Usage},
+    limits::{Bytes, CompileLimits},
+    outcome::{End, Outcome, Stage, Usage},
     process::{
-        Process, Program, Role, Seen,
+        Bounds, Isolation, Jail, Process, Program, Role,
         child::{Out, Start},
-        wire::Kind,
+        wire::{Frame, Kind},
     },
-    sandbox::{Cache, Code, EngineSpec, Guest, Inspection, LoadError, binary, check, compile},
+    sandbox::{Cache, Code, EngineSpec, Guest, Inspection, LoadError, Source, binary, check, compile},
 };
 
 /// What a compiler is told.
@@ -31,11 +30,19 @@ use crate::{
 struct CompilerConfig {
     /// For which engine; none = it says what the guest is, and no more.
     engine: Option<EngineSpec>,
+    /// What bounds it.
+    limits: CompileLimits,
+    /// What its process may do.
+    jail: Jail,
 }
+
+/// Descriptors that a compiler needs: none but the guest's file, that of the code, and what it was started with.
+const DESCRIPTORS: u64 = 16;
 
 /// The child: reads the guest from the first descriptor and writes its code to the second.
 pub(super) fn main(start: Start) -> i32 {
-    let out = Out::new(start.socket);
+    // lives as long as the process
+    let out: &'static Out = Box::leak(Box::new(Out::new(start.socket)));
     let result = serde_json::from_str::<CompilerConfig>(start.hello.config.get())
         .map_err(|error| LoadError::Invalid { reason: error.to_string() })
         .and_then(|config| {
@@ -44,15 +51,21 @@ pub(super) fn main(start: Start) -> i32 {
                 return Err(LoadError::Invalid { reason: "the compiler got no files".into() });
             };
             let unreadable = |source| LoadError::Unreadable { path: "the guest's copy".into(), source };
+            let engine = enter(&config.jail, out, || {
+                let engine = config.engine.map(|spec| spec.engine()).transpose();
+                engine.map_err(|error| LoadError::Invalid { reason: error.to_string() })
+            })?;
+            exit_with_primary(out).map_err(unreadable)?;
+
             let mut bytes = Vec::new();
             guest.seek(SeekFrom::Start(0)).and_then(|_| guest.read_to_end(&mut bytes)).map_err(unreadable)?;
-            let Some(engine) = config.engine else {
+            let Some(engine) = engine else {
                 return Inspection::of(&binary(bytes)?).map(Some);
             };
-            let engine = engine.engine().map_err(|error| LoadError::Invalid { reason: error.to_string() })?;
-            let packed = compile(&engine, bytes)?;
-            code.write_all(&packed).map_err(unreadable)?;
-            check(&engine, &Code::open(code).ok_or(LoadError::Precompiled { reason: "it is damaged".into() })?)?;
+            let packed = compile(&engine, bytes, &config.limits)?;
+            // linked before it is handed over: what is kept is a guest that runs
+            check(&engine, &packed)?;
+            code.write_all(packed.bytes()).map_err(unreadable)?;
             Ok(None)
         });
     match result {
@@ -68,12 +81,129 @@ pub(super) fn main(start: Start) -> i32 {
     0
 }
 
-/// Finds a guest's code, if it was compiled before.
-///
-/// # Errors
-/// When there is no such engine.
-pub(crate) fn find_compiled(cache: &Cache, spec: EngineSpec, guest: &Guest) -> Result<Option<Code>, Error> {
-    Ok(entry(cache, spec, guest)?.as_deref().and_then(Cache::find))
+/// Has guests compiled by children: the primary's end.
+#[derive(Debug, Clone)]
+pub(crate) struct Compiler {
+    /// The program that children are made of.
+    pub(crate) program: Program,
+    /// What is between them and the host.
+    pub(crate) isolation: Isolation,
+    /// What bounds them.
+    pub(crate) limits: CompileLimits,
+}
+
+impl Compiler {
+    /// What a guest is.
+    ///
+    /// # Errors
+    /// When it is no guest, or there is no room for the child.
+    pub(crate) async fn inspect(&self, guest: &Guest) -> Result<Inspection, Error> {
+        let (said, _) = self.run(None, guest).await?;
+        let said = serde_json::from_slice::<Option<Inspection>>(&said).ok().flatten();
+        said.ok_or_else(|| LoadError::Invalid { reason: "its compiler does not say what it is".into() }.into())
+    }
+
+    /// A guest's code, if it was compiled before.
+    ///
+    /// # Errors
+    /// When there is no such engine.
+    pub(crate) fn find(cache: &Cache, spec: EngineSpec, guest: &Guest) -> Result<Option<Code>, Error> {
+        Ok(entry(cache, spec, guest)?.as_deref().and_then(Cache::find))
+    }
+
+    /// A guest's code: found, or compiled and kept.
+    ///
+    /// # Errors
+    /// When the guest is not valid or cannot be linked, or there is no room for the child or the code.
+    pub(crate) async fn load(&self, cache: &Cache, spec: EngineSpec, guest: &Guest) -> Result<(Code, Source), Error> {
+        if let Some(code) = Self::find(cache, spec, guest)? {
+            tracing::debug!("`{}` was compiled before", guest.name);
+            return Ok((code, Source::Cache));
+        }
+        let packed = self.compile(spec, guest).await?;
+        let code = Cache::keep(entry(cache, spec, guest)?.as_deref(), &packed);
+        Ok((code.map_err(Error::io("keep the compiled guest"))?, Source::Compiler))
+    }
+
+    /// A guest's code, compiled and packed.
+    ///
+    /// # Errors
+    /// As [`Compiler::load`].
+    pub(crate) async fn compile(&self, spec: EngineSpec, guest: &Guest) -> Result<Vec<u8>, Error> {
+        let started = Instant::now();
+        let (_, mut output) = self.run(Some(EngineSpec { pool: None, ..spec }), guest).await?;
+        tracing::debug!("`{}` was compiled in {:?}", guest.name, started.elapsed());
+        let mut packed = Vec::new();
+        output
+            .seek(SeekFrom::Start(0))
+            .and_then(|_| output.read_to_end(&mut packed))
+            .map_err(Error::io("read the compiled guest"))?;
+        Ok(packed)
+    }
+
+    fn jail(&self) -> Jail {
+        let CompileLimits { time, memory, .. } = self.limits;
+        Jail {
+            required: self.isolation == Isolation::Jail,
+            dirs: vec![],
+            accepts: false,
+            makes_code: true,
+            bounds: Bounds { cpu: Some(time), files: DESCRIPTORS, file_size: memory, data: memory },
+            without: None,
+        }
+    }
+
+    /// Runs a child on a guest: what it said when it was done, and the file that it wrote.
+    async fn run(&self, engine: Option<EngineSpec>, guest: &Guest) -> Result<(Vec<u8>, File), Error> {
+        let config = CompilerConfig { engine, limits: self.limits, jail: self.jail() };
+        let file = |name: &str| rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC).map(File::from);
+        let (mut input, output) = file("wrun-guest")
+            .and_then(|input| Ok((input, file("wrun-code")?)))
+            .map_err(|error| Error::Io { what: "make a file in memory", source: error.into() })?;
+        input.write_all(&guest.bytes).map_err(Error::io("copy the guest"))?;
+
+        let fds = [input.as_fd(), output.as_fd()];
+        let body_max = u32::try_from(Bytes::mib(1).0).expect("small");
+        let child = Process::start(&self.program, Role::Compiler, &config, &fds, body_max)
+            .map_err(Error::io("start a compiler"))?;
+        tracing::debug!("{} `{}`", if engine.is_some() { "compiling" } else { "inspecting" }, guest.name);
+        let (mut ready, mut said) = (None, None);
+        let take = |frame: Frame<'_>| match frame.kind {
+            Kind::Ready => ready = Some(frame.body.to_vec()),
+            Kind::Ended => said = serde_json::from_slice::<Outcome>(frame.body).ok(),
+            Kind::Walls => tracing::debug!("compiling: {}", String::from_utf8_lossy(frame.body)),
+            _ => {}
+        };
+        let (end, out_of_time) = child.finish(Some(self.limits.time), take).await;
+        match (said.map(|outcome| outcome.end), ready) {
+            (Some(End::Failed { stage, reason, hint }), _) => Err(LoadError::Reported { stage, reason, hint }.into()),
+            (_, Some(said)) => Ok((said, output)),
+            _ => Err(self.gave_up(&end, out_of_time).into()),
+        }
+    }
+
+    /// Why a child is gone that has said nothing.
+    fn gave_up(&self, end: &End, out_of_time: bool) -> LoadError {
+        let CompileLimits { time, memory, .. } = self.limits;
+        let signal = match end {
+            End::Killed { signal } => Signal::from_named_raw(*signal),
+            _ => None,
+        };
+        let (reason, flag) = match signal {
+            _ if out_of_time => (format!("it took longer than {time:?} to compile (--compile-time)"), Some("time")),
+            Some(Signal::XCPU) => {
+                (format!("it took more than {time:?} of CPU time to compile (--compile-time)"), Some("time"))
+            }
+            // what an allocation ends with that fails; the engine's compiler has no other reason
+            Some(Signal::ABORT) => {
+                (format!("it took more than {memory} of memory to compile (--compile-memory)"), Some("memory"))
+            }
+            _ => (format!("its compiler {end}"), None),
+        };
+        let hint = flag
+            .map(|flag| format!("few programs are like that; if this one shall be compiled, raise `--compile-{flag}`"));
+        LoadError::Reported { stage: Stage::Compile, reason, hint }
+    }
 }
 
 /// Where a guest's code is kept; none when it is not.
@@ -81,77 +211,4 @@ fn entry(cache: &Cache, spec: EngineSpec, guest: &Guest) -> Result<Option<PathBu
     // code does not depend on the room that its instances will have
     let engine = EngineSpec { pool: None, ..spec }.engine().map_err(|error| Error::Usage(format!("{error:#}")))?;
     Ok(cache.entry(&engine, guest))
-}
-
-/// Has a child say what a guest is.
-///
-/// # Errors
-/// When it is no guest, or there is no room for the child.
-pub(crate) async fn inspect_aside(program: &Program, guest: &Guest) -> Result<Inspection, Error> {
-    let (said, _) = run(program, CompilerConfig { engine: None }, guest).await?;
-    let said = serde_json::from_slice::<Option<Inspection>>(&said).ok().flatten();
-    said.ok_or_else(|| LoadError::Invalid { reason: "its compiler does not say what it is".into() }.into())
-}
-
-/// Finds a guest's code, or has it compiled by a child.
-///
-/// # Errors
-/// When the guest is not valid or cannot be linked, or there is no room for the child or the code.
-pub(crate) async fn compile_aside(
-    program: &Program,
-    cache: &Cache,
-    spec: EngineSpec,
-    guest: Guest,
-) -> Result<Code, Error> {
-    if let Some(code) = find_compiled(cache, spec, &guest)? {
-        tracing::debug!("`{}` was compiled before", guest.name);
-        return Ok(code);
-    }
-    let started = Instant::now();
-    let config = CompilerConfig { engine: Some(EngineSpec { pool: None, ..spec }) };
-    let (_, mut output) = run(program, config, &guest).await?;
-    tracing::debug!("`{}` was compiled in {:?}", guest.name, started.elapsed());
-    let mut packed = Vec::new();
-    output
-        .seek(SeekFrom::Start(0))
-        .and_then(|_| output.read_to_end(&mut packed))
-        .map_err(Error::io("read the compiled guest"))?;
-    Cache::keep(entry(cache, spec, &guest)?.as_deref(), &packed).map_err(Error::io("keep the compiled guest"))
-}
-
-/// Runs a child on a guest: what it said when it was done, and the file that it wrote.
-async fn run(program: &Program, config: CompilerConfig, guest: &Guest) -> Result<(Vec<u8>, File), Error> {
-    let file = |name: &str| rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC).map(File::from);
-    let (mut input, output) = file("wrun-guest")
-        .and_then(|input| Ok((input, file("wrun-code")?)))
-        .map_err(|error| Error::Io { what: "make a file in memory", source: error.into() })?;
-    input.write_all(&guest.bytes).map_err(Error::io("copy the guest"))?;
-
-    let fds = [input.as_fd(), output.as_fd()];
-    let body_max = u32::try_from(Bytes::mib(1).0).expect("small");
-    let mut child =
-        Process::start(program, Role::Compiler, &config, &fds, body_max).map_err(Error::io("start a compiler"))?;
-    child.flush();
-    tracing::debug!("{} `{}`", if config.engine.is_some() { "compiling" } else { "inspecting" }, guest.name);
-    let (mut ready, mut said) = (None, None);
-    let end = poll_fn(|cx| {
-        loop {
-            let seen = child.poll(cx, |frame| match frame.kind {
-                Kind::Ready => ready = Some(frame.body.to_vec()),
-                Kind::Ended => said = serde_json::from_slice::<Outcome>(frame.body).ok(),
-                _ => {}
-            });
-            match seen {
-                Poll::Ready(Seen::Gone(end)) => return Poll::Ready(end),
-                Poll::Ready(_) => {}
-                Poll::Pending => return Poll::Pending,
-            }
-        }
-    })
-    .await;
-    match (said.map(|outcome| outcome.end), ready) {
-        (Some(End::Failed { stage, reason, hint }), _) => Err(LoadError::Reported { stage, reason, hint }.into()),
-        (_, Some(said)) => Ok((said, output)),
-        _ => Err(LoadError::Invalid { reason: format!("its compiler {end}") }.into()),
-    }
 }

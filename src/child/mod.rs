@@ -1,17 +1,26 @@
 //! What a child process does: the other end of [`process`](crate::process), with the sandbox in it.
 
+mod command;
 mod compiler;
 mod http;
 mod output;
 mod pulse;
 mod worker;
 
-use crate::process::{Role, child};
-
 pub(crate) use self::{
-    compiler::{compile_aside, find_compiled, inspect_aside},
+    command::CommandConfig,
+    compiler::Compiler,
     http::ListenConfig,
-    worker::WorkerConfig,
+    worker::{WorkerConfig, jail_of},
+};
+use crate::{
+    outcome::Stage,
+    process::{
+        Jail, Role,
+        child::{self, Out},
+        wire::Kind,
+    },
+    sandbox::LoadError,
 };
 
 /// If this process was started as a child of another one (a worker, a compiler), becomes that and never returns.
@@ -32,10 +41,39 @@ pub fn init() {
     let code = match child::start() {
         Ok(start) => match start.hello.role {
             Role::Worker => worker::main(start),
+            Role::Command => command::main(start),
             Role::Compiler => compiler::main(start),
         },
         // nobody listens: whoever started this is gone, or is no primary
         Err(_) => 125,
     };
     std::process::exit(code);
+}
+
+/// Enters the jail, after `prepare` has opened what cannot be opened inside, and tells the primary which walls are
+/// missing.
+///
+/// # Errors
+/// When one is and the child may not go on without, or `prepare` failed.
+fn enter<T>(jail: &Jail, out: &Out, prepare: impl FnOnce() -> Result<T, LoadError>) -> Result<T, LoadError> {
+    let (prepared, missing) = jail.enter(prepare).map_err(|missing| LoadError::Reported {
+        stage: Stage::Jail,
+        reason: format!("a wall is missing: {missing}"),
+        hint: Some("`wrun doctor` says what this system has; `--isolation process` goes on without".into()),
+    })?;
+    if !missing.0.is_empty() {
+        out.push(Kind::Walls, 0, missing.to_string().as_bytes());
+    }
+    prepared
+}
+
+/// Ends this process when the primary's end of the socket is closed, for a child that does not read from it. The
+/// parent-death signal should come first; this is for the kernel that sends none.
+#[expect(clippy::exit, reason = "the thread that would return is busy")]
+fn exit_with_primary(out: &'static Out) -> std::io::Result<()> {
+    std::thread::Builder::new().name("wrun-watch".into()).stack_size(64 << 10).spawn(|| {
+        out.wait_until_cut();
+        std::process::exit(125);
+    })?;
+    Ok(())
 }

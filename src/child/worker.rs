@@ -18,23 +18,24 @@ use tokio::{
 };
 
 use super::{
+    enter,
     http::{self, ListenConfig, Port},
     output::Lines,
     pulse::Pulse,
 };
 use crate::{
     grant::Grants,
-    limits::Limits,
+    limits::{Bytes, Limits},
     message::Message,
     outcome::{End, LimitKind, Outcome, Usage},
     process::{
-        Page,
+        Bounds, Isolation, Jail, Page,
         child::{Out, Start, report_panics},
         wire::{Incoming, Kind},
     },
     sandbox::{
-        Answer, Code, EngineSpec, Full, Identity, Inspection, Instance, LoadError, Outbox, Sandbox, Setup, Shape,
-        Stdio, cpu_ms,
+        Answer, Code, EngineSpec, Full, Identity, Inspection, Instance, LoadError, Mapped, Outbox, Sandbox, Setup,
+        Shape, Stdio, cpu_ms,
     },
 };
 
@@ -61,6 +62,57 @@ pub(crate) struct WorkerConfig {
     pub(crate) beat: Duration,
     /// How it serves a port; none when tasks come from the primary.
     pub(crate) listen: Option<ListenConfig>,
+    /// What its process may do.
+    pub(crate) jail: Jail,
+}
+
+/// What a worker's process takes beside its instances: the program, its threads, frames on their way.
+const DATA_BASE: Bytes = Bytes::mib(64);
+
+/// Copies of one message that are there at once, from the socket to the guest and back.
+const MESSAGE_COPIES: u64 = 8;
+
+/// What a connection takes beside the head of its request.
+const CONNECTION_DATA: Bytes = Bytes::kib(64);
+
+/// Threads on which guests that share theirs wait for files.
+const BLOCKING_THREADS: usize = 16;
+
+/// Descriptors that a worker needs for itself.
+pub(super) const DESCRIPTORS_KEPT: u64 = 64;
+
+/// The jail of a worker whose guest has these grants and limits, and as much room as its engine and its port give.
+pub(crate) fn jail_of(
+    isolation: Isolation,
+    (grants, limits): (&Grants, &Limits),
+    (engine, concurrency): (&EngineSpec, u32),
+    code: (&Inspection, u64),
+    listen: Option<&ListenConfig>,
+) -> Jail {
+    let (inspection, code_size) = code;
+    let (concurrency, connections) =
+        (u64::from(concurrency), listen.map_or(0, |listen| listen.http.connections.into()));
+    let per_connection = listen.map_or(0, |listen| listen.http.head.0 + CONNECTION_DATA.0);
+    let messages = limits.message_max.0.saturating_mul(MESSAGE_COPIES).saturating_mul(concurrency);
+    let data = [code_size, messages, per_connection.saturating_mul(connections)]
+        .into_iter()
+        .fold(DATA_BASE.0, u64::saturating_add)
+        .saturating_add(engine.instances_data(limits.memory, inspection.memories));
+    let guests_files = if grants.dirs.is_empty() { 0 } else { concurrency * u64::from(limits.open_files) };
+    Jail {
+        required: isolation == Isolation::Jail,
+        dirs: grants.dirs.clone(),
+        accepts: listen.is_some(),
+        makes_code: false,
+        bounds: Bounds {
+            // it works as long as there is work; each task has a clock
+            cpu: None,
+            files: DESCRIPTORS_KEPT + connections + guests_files,
+            file_size: limits.file_size,
+            data: Bytes(data),
+        },
+        without: None,
+    }
 }
 
 /// Bytes that may wait to be written before the next task is begun.
@@ -85,7 +137,7 @@ pub(super) fn main(start: Start) -> i32 {
         i32::from(outcome.end.exit_code())
     };
     match Worker::new(start, out.clone()) {
-        Ok((worker, work, socket, incoming)) => match worker.run(work, socket, incoming) {
+        Ok((worker, runtime, begin)) => match worker.run(runtime, begin) {
             Ok(outcome) => ended(&outcome),
             // the primary is gone
             Err(_) => 125,
@@ -122,6 +174,13 @@ enum Work {
     Port(Port),
 }
 
+/// What a worker begins with.
+struct Begin {
+    work: Work,
+    socket: StdStream,
+    incoming: Incoming,
+}
+
 /// What a worker has to do next.
 enum Next {
     /// A task, by its id.
@@ -145,7 +204,7 @@ impl Outbox for Mailbox {
 }
 
 impl Worker {
-    fn new(start: Start, out: Arc<Out>) -> Result<(Self, Work, StdStream, Incoming), LoadError> {
+    fn new(start: Start, out: Arc<Out>) -> Result<(Self, LocalRuntime, Begin), LoadError> {
         let broken = |reason: String| LoadError::Invalid { reason };
         let config: WorkerConfig =
             serde_json::from_str(start.hello.config.get()).map_err(|error| broken(error.to_string()))?;
@@ -167,9 +226,18 @@ impl Worker {
         };
         let shape = config.inspection.shape.filter(|_| matches!(work, Work::Port(_))).unwrap_or(Shape::Handler);
         let code = Code::checked(code.into(), config.inspection);
-        let engine = config.engine.engine().map_err(|error| broken(format!("{error:#}")))?;
-        let sandbox = Sandbox::load(engine, &code, shape)?;
+        let (mapped, runtime) = enter(&config.jail, &out, || {
+            let engine = config.engine.engine().map_err(|error| broken(format!("{error:#}")))?;
+            // the runtime makes sockets for itself
+            let mut runtime = tokio::runtime::Builder::new_current_thread();
+            let runtime = runtime.enable_all().max_blocking_threads(BLOCKING_THREADS);
+            let runtime = runtime.build_local(LocalOptions::default());
+            Ok((Mapped::of(engine, &code)?, runtime.map_err(|error| broken(error.to_string()))?))
+        })?;
+        let sandbox = mapped.link(&code.inspection, shape)?;
+        drop(code);
         let lines = Arc::new(Lines::new(out.clone()));
+        // its threads are made inside
         let epoch = config.engine.epoch_checks;
         let pulse =
             Pulse::start(page.clone(), out.clone(), lines.clone(), epoch.then(|| sandbox.ticker()), config.beat)
@@ -199,13 +267,12 @@ impl Worker {
             idle: RefCell::default(),
             ended: RefCell::default(),
         };
-        Ok((worker, work, start.socket, start.incoming))
+        Ok((worker, runtime, Begin { work, socket: start.socket, incoming: start.incoming }))
     }
 
     /// Works until it is drained, or the guest ends it.
-    fn run(self, work: Work, socket: StdStream, incoming: Incoming) -> io::Result<Outcome> {
-        let mut runtime = tokio::runtime::Builder::new_current_thread();
-        let runtime = runtime.enable_all().build_local(LocalOptions::default())?;
+    fn run(self, runtime: LocalRuntime, begin: Begin) -> io::Result<Outcome> {
+        let Begin { work, socket, incoming } = begin;
         let worker = Rc::new(self);
         let outcome = match work {
             Work::Port(port) => runtime.block_on(http::serve(worker, port, socket, incoming)),

@@ -18,7 +18,7 @@ use wrun::{
     message::Message,
 };
 
-use super::{CacheArgs, GrantArgs, LimitArgs};
+use super::{CacheArgs, CompileLimitArgs, GrantArgs, IsolationArg, LimitArgs};
 
 /// Where http guests are served when no address is given.
 pub(crate) const LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
@@ -73,6 +73,9 @@ pub(crate) struct ClusterArgs {
     pub(crate) port: PortArgs,
     #[command(flatten)]
     pub(crate) grants: GrantArgs,
+    /// What stands between its workers and the host; they are processes always
+    #[arg(long, value_enum, default_value_t = IsolationArg::Process, help_heading = "Grants")]
+    pub(crate) isolation: IsolationArg,
     #[command(flatten)]
     pub(crate) limits: LimitArgs,
     /// The longest that a task or request may take; `0s` = no limit
@@ -90,6 +93,8 @@ pub(crate) struct ClusterArgs {
     pub(crate) concurrency: Option<u32>,
     #[command(flatten)]
     pub(crate) cache: CacheArgs,
+    #[command(flatten)]
+    pub(crate) compile: CompileLimitArgs,
 }
 
 /// How a port is served.
@@ -206,6 +211,8 @@ impl ClusterArgs {
         let mut builder = Cluster::builder(self.guest)
             .limits(limits)
             .grants(self.grants.grants())
+            .isolation(self.isolation.into())
+            .compile_limits(self.compile.limits())
             .cache(self.cache.cache())
             .data(data)
             .interrupt(match self.interrupt {

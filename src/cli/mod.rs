@@ -9,9 +9,9 @@ use clap::{
     builder::{OsStringValueParser, TypedValueParser},
 };
 use wrun::{
-    Cache,
+    Cache, Isolation,
     grant::{DirGrant, Grants, parse_env},
-    limits::{Bytes, Limits, parse_duration},
+    limits::{Bytes, CompileLimits, Limits, parse_duration},
 };
 
 pub(crate) use self::cluster::{ClusterArgs, LISTEN};
@@ -59,9 +59,10 @@ pub(crate) enum Command {
     Compile(CompileArgs),
 }
 
-/// Run one command guest in the foreground, in this process
+/// Run one command guest in the foreground
 ///
-/// Standard input, output and error are the guest's. It gets its arguments, and nothing else that is not granted.
+/// Standard input, output and error are the guest's. It gets its arguments, and nothing else that is not granted. It
+/// runs in this process unless --isolation says otherwise.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  wrun run --dir data:ro --timeout 5s cat.wasm -- data/words.txt")]
 pub(crate) struct RunArgs {
@@ -72,6 +73,9 @@ pub(crate) struct RunArgs {
     pub(crate) args: Vec<String>,
     #[command(flatten)]
     pub(crate) grants: GrantArgs,
+    /// What stands between the guest and the host
+    #[arg(long, value_enum, default_value_t = IsolationArg::Thread, help_heading = "Grants")]
+    pub(crate) isolation: IsolationArg,
     #[command(flatten)]
     pub(crate) limits: LimitArgs,
     /// The longest that the guest may take, such as `500ms` or `1m30s` [default: no limit]
@@ -79,6 +83,8 @@ pub(crate) struct RunArgs {
     pub(crate) timeout: Option<Duration>,
     #[command(flatten)]
     pub(crate) cache: CacheArgs,
+    #[command(flatten)]
+    pub(crate) compile: CompileLimitArgs,
     /// The guest is a file that `wrun compile -o` made: trust it as a native program
     #[arg(long, help_heading = "Code")]
     pub(crate) precompiled: bool,
@@ -119,6 +125,8 @@ pub(crate) struct CompileArgs {
     pub(crate) fuel: bool,
     #[command(flatten)]
     pub(crate) cache: CacheArgs,
+    #[command(flatten)]
+    pub(crate) limits: CompileLimitArgs,
 }
 
 #[derive(Debug, Args)]
@@ -144,6 +152,69 @@ pub(crate) struct LimitArgs {
     /// The stack of one instance
     #[arg(long, value_name = "SIZE", default_value = "512KiB", value_parser = parse_stack)]
     stack: Bytes,
+    /// The most files that one instance may hold open; not with `--isolation thread`
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    open_files: u32,
+    /// The largest file that it may write; not with `--isolation thread`
+    #[arg(long, value_name = "SIZE", default_value = "1GiB")]
+    file_size: Bytes,
+}
+
+/// What is compiled without being asked twice.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Compiling")]
+pub(crate) struct CompileLimitArgs {
+    /// The longest that compiling the guest may take, and the most CPU time
+    #[arg(long = "compile-time", id = "compile-time", value_parser = parse_duration, value_name = "TIME", default_value = "5m")]
+    time: Duration,
+    /// The most memory that compiling it may take
+    #[arg(long = "compile-memory", id = "compile-memory", value_name = "SIZE", default_value = "4GiB")]
+    memory: Bytes,
+    /// The most functions that it may have
+    #[arg(long = "compile-functions", id = "compile-functions", value_name = "N", default_value_t = CompileLimits::default().functions)]
+    functions: u32,
+    /// The most local variables that one function may have
+    #[arg(long = "compile-locals", id = "compile-locals", value_name = "N", default_value_t = CompileLimits::default().locals)]
+    locals: u32,
+    /// The largest function, in its binary form
+    #[arg(long = "compile-body", id = "compile-body", value_name = "SIZE", default_value_t = CompileLimits::default().body)]
+    body: Bytes,
+    /// How deep blocks may be nested in a function
+    #[arg(long = "compile-nesting", id = "compile-nesting", value_name = "N", default_value_t = CompileLimits::default().nesting)]
+    nesting: u32,
+}
+
+impl CompileLimitArgs {
+    pub(crate) fn limits(&self) -> CompileLimits {
+        CompileLimits {
+            time: self.time,
+            memory: self.memory,
+            functions: self.functions,
+            locals: self.locals,
+            body: self.body,
+            nesting: self.nesting,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum IsolationArg {
+    /// The engine alone, in wrun's own process
+    Thread,
+    /// A process of its own, with every wall that the system has
+    Process,
+    /// The same, or nothing when a wall is missing: see `wrun doctor`
+    Jail,
+}
+
+impl From<IsolationArg> for Isolation {
+    fn from(isolation: IsolationArg) -> Self {
+        match isolation {
+            IsolationArg::Thread => Self::Thread,
+            IsolationArg::Process => Self::Process,
+            IsolationArg::Jail => Self::Jail,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -165,7 +236,15 @@ impl GrantArgs {
 
 impl LimitArgs {
     pub(crate) fn limits(&self, timeout: Option<Duration>, message_max: Bytes) -> Limits {
-        Limits { memory: self.memory, timeout, fuel: self.fuel, stack: self.stack, message_max }
+        Limits {
+            memory: self.memory,
+            timeout,
+            fuel: self.fuel,
+            stack: self.stack,
+            message_max,
+            open_files: self.open_files,
+            file_size: self.file_size,
+        }
     }
 }
 

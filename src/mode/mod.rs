@@ -7,7 +7,7 @@ mod run;
 
 pub use self::{
     cluster::Cluster,
-    compile::{CompileFlags, compile_into, compile_to},
+    compile::Compile,
     inspect::{Refused, Report, inspect},
     run::Run,
 };

@@ -1,20 +1,33 @@
-//! `wrun run`: one command guest in the foreground, in this process, with its standard streams passed through.
+//! `wrun run`: one command guest in the foreground, with the standard streams passed through: in this process, or in one
+//! of its own.
 
-use std::{path::PathBuf, sync::Arc, time::Instant};
+use std::{
+    os::fd::AsFd,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use crate::{
     Error,
+    child::{CommandConfig, Compiler, jail_of},
     grant::Grants,
-    limits::Limits,
+    limits::{Bytes, CompileLimits, Limits},
     message::Message,
-    outcome::{End, LimitKind, Outcome, Usage},
-    sandbox::{Cache, Code, EngineSpec, Guest, Identity, LoadError, Sandbox, Setup, Shape, Stdio, cpu_ms, open_file},
+    outcome::{End, LimitKind, Outcome, Stage, Usage},
+    process::{Isolation, Process, Program, Role, runtime, wire::Kind},
+    sandbox::{
+        Cache, Code, EngineSpec, Guest, Identity, LoadError, Mapped, Sandbox, Setup, Shape, Stdio, cpu_ms, open_file,
+    },
 };
 
 /// What to run, and how.
 ///
+/// The guest is compiled by a child of this process, and so is what runs it with [`Isolation::Process`].
+///
 /// ```no_run
 /// # fn main() -> Result<(), wrun::Error> {
+/// wrun::init(); // children are this program, started again
 /// let outcome = wrun::Run::new("hello.wasm").args(["--loud"]).run()?;
 /// assert_eq!(outcome.end.exit_code(), 0);
 /// # Ok(()) }
@@ -28,6 +41,9 @@ pub struct Run {
     limits: Limits,
     cache: Cache,
     precompiled: bool,
+    isolation: Isolation,
+    compile: CompileLimits,
+    program: Program,
 }
 
 /// How a deadline ends a guest that computes.
@@ -48,6 +64,9 @@ impl Run {
             limits: Limits::of_a_run(),
             cache: Cache::at(None),
             precompiled: false,
+            isolation: Isolation::Thread,
+            compile: CompileLimits::default(),
+            program: Program::Own,
         }
     }
 
@@ -82,12 +101,30 @@ impl Run {
         self
     }
 
-    /// Runs the guest to its end, on this thread.
+    /// What is between the guest and the host; default [`Isolation::Thread`].
+    pub fn isolation(mut self, isolation: Isolation) -> Self {
+        self.isolation = isolation;
+        self
+    }
+
+    /// What bounds its compilation.
+    pub fn compile_limits(mut self, limits: CompileLimits) -> Self {
+        self.compile = limits;
+        self
+    }
+
+    /// The program that children are made of, when it is not this one: a `wrun` of the same version.
+    pub fn program(mut self, path: impl Into<PathBuf>) -> Self {
+        self.program = Program::At(path.into());
+        self
+    }
+
+    /// Runs the guest to its end, on this thread or in a process that dies with this thread.
     ///
-    /// With a time limit the guest is compiled with checks, at which it is ended; see [`Run::run_or_exit`].
+    /// In this process, with a time limit the guest is compiled with checks, at which it is ended; see [`Run::run_or_exit`].
     ///
     /// # Errors
-    /// When the guest could not be loaded. How it ran is the outcome.
+    /// When the guest could not be loaded, or [`init`](crate::init) was not called first. How it ran is the outcome.
     ///
     /// # Panics
     /// Inside of a tokio runtime: it blocks.
@@ -109,51 +146,113 @@ impl Run {
     }
 
     fn run_with(self, interrupt: Interrupt) -> Result<Outcome, Error> {
+        if !self.program.is_prepared() {
+            return Err(Error::Usage(
+                "call `wrun::init()` first thing in `main`: guests are compiled by this program, started again".into(),
+            ));
+        }
         self.grants.check().map_err(LoadError::from)?;
+        let here = self.isolation == Isolation::Thread;
         let spec = EngineSpec {
-            epoch_checks: self.limits.timeout.is_some() && matches!(interrupt, Interrupt::Epoch),
+            epoch_checks: here && self.limits.timeout.is_some() && matches!(interrupt, Interrupt::Epoch),
             fuel: self.limits.fuel.is_some(),
             stack: self.limits.stack,
             pool: None,
         };
-        let engine = spec.engine().map_err(|error| Error::Usage(format!("{error:#}")))?;
-        let (code, name) = if self.precompiled {
-            (open_precompiled(&self.guest)?, self.guest.display().to_string())
+        let runtime = runtime()?;
+        let name = self.guest.display().to_string();
+        let code = if self.precompiled {
+            open_precompiled(&self.guest)?
         } else {
-            let guest = Guest::read(&self.guest)?;
-            let name = guest.path.display().to_string();
-            (self.cache.load(&engine, guest)?.0, name)
+            // whoever runs it without a wall does not want its compilation to fail for lack of one
+            let isolation = if here { Isolation::Process } else { self.isolation };
+            let compiler = Compiler { program: self.program.clone(), isolation, limits: self.compile };
+            runtime.block_on(compiler.load(&self.cache, spec, &Guest::read(&self.guest)?))?.0
         };
-        let sandbox = Sandbox::load(engine, &code, Shape::Command)?;
-        let setup = Arc::new(Setup {
-            grants: self.grants,
-            limits: self.limits,
-            identity: Identity { id: 1, count: 1, generation: 1, name: name.clone(), process: false },
-            data: Message::null(),
-            args: std::iter::once(name).chain(self.args).collect(),
-            stdio: Stdio::Inherit,
-            outbox: None,
-            shares_thread: false,
-        });
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(Error::io("start the runtime"))?;
-        let outcome = runtime.block_on(run_until(&sandbox, &setup, interrupt));
+        let args = std::iter::once(name.clone()).chain(self.args).collect();
+        let outcome = if here {
+            let engine = spec.engine().map_err(|error| Error::Usage(format!("{error:#}")))?;
+            let sandbox = Mapped::of(engine, &code)?.link(&code.inspection, Shape::Command)?;
+            let setup = Arc::new(Setup {
+                grants: self.grants,
+                limits: self.limits,
+                identity: Identity { id: 1, count: 1, generation: 1, name, process: false },
+                data: Message::null(),
+                args,
+                stdio: Stdio::Inherit,
+                outbox: None,
+                shares_thread: false,
+            });
+            runtime.block_on(run_until(&sandbox, &setup, interrupt))
+        } else {
+            let mut jail = jail_of(
+                self.isolation,
+                (&self.grants, &self.limits),
+                (&spec, 1),
+                (&code.inspection, code.size().map_err(Error::io("look at the compiled guest"))?),
+                None,
+            );
+            // should this process be stopped, the kernel's clock goes on
+            jail.bounds.cpu = self.limits.timeout.map(|timeout| timeout + BACKSTOP);
+            if self.grants.dirs.iter().all(|dir| dir.read_only) {
+                // the only files that it can write are those that its output was sent to
+                jail.bounds.file_size = Bytes(u64::MAX);
+            }
+            let config = CommandConfig {
+                engine: spec,
+                inspection: code.inspection.clone(),
+                grants: self.grants,
+                limits: self.limits,
+                args,
+                jail,
+            };
+            runtime.block_on(run_aside(&self.program, &config, &code))?
+        };
         // a thread may still sit in a read of standard input: nobody waits for it
         runtime.shutdown_background();
         Ok(outcome)
     }
 }
 
+/// How much later than our clock the kernel's is.
+const BACKSTOP: Duration = Duration::from_secs(2);
+
+/// Runs it in a process of its own, which gets the standard streams of this one.
+async fn run_aside(program: &Program, config: &CommandConfig, code: &Code) -> Result<Outcome, Error> {
+    let started = Instant::now();
+    let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
+    let fds = [code.as_fd(), stdin.as_fd(), stdout.as_fd(), stderr.as_fd()];
+    let body_max = u32::try_from(Bytes::mib(1).0).expect("small");
+    let child = Process::start(program, Role::Command, config, &fds, body_max).map_err(Error::io("start a process"))?;
+    let (mut said, mut panicked) = (None, None);
+    let (end, out_of_time) = child
+        .finish(config.limits.timeout, |frame| match frame.kind {
+            Kind::Ended => said = serde_json::from_slice::<Outcome>(frame.body).ok(),
+            Kind::Panic => panicked = Some(format!("its process panicked: {}", String::from_utf8_lossy(frame.body))),
+            Kind::Walls => tracing::warn!("a wall is missing: {}", String::from_utf8_lossy(frame.body)),
+            _ => {}
+        })
+        .await;
+    let Some(outcome) = said else {
+        let end = match (config.limits.timeout, panicked) {
+            (Some(timeout), _) if out_of_time => End::Limit { limit: LimitKind::Time, allowed: format!("{timeout:?}") },
+            (_, Some(reason)) => End::Failed { stage: Stage::Start, reason, hint: None },
+            _ => end,
+        };
+        return Ok(end.with(Usage::wall(started.elapsed())));
+    };
+    match outcome.end {
+        // it never ran
+        End::Failed { stage, reason, hint } if stage.is_hopeless() => {
+            Err(LoadError::Reported { stage, reason, hint }.into())
+        }
+        _ => Ok(outcome),
+    }
+}
+
 async fn run_until(sandbox: &Sandbox, setup: &Arc<Setup>, interrupt: Interrupt) -> Outcome {
     let started = Instant::now();
-    let run = async {
-        match sandbox.start(setup).await {
-            Ok(instance) => instance.run().await,
-            Err(outcome) => outcome,
-        }
-    };
+    let run = sandbox.run(setup);
     let Some(timeout) = setup.limits.timeout else { return run.await };
     let out_of_time = move || {
         End::Limit { limit: LimitKind::Time, allowed: format!("{timeout:?}") }

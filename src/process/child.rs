@@ -15,11 +15,11 @@ use std::{
 use rustix::{
     io::Errno,
     net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags},
-    process::{Pid, Signal},
+    process::Pid,
 };
 
 use crate::process::{
-    ARG0, Hello,
+    ARG0, Hello, jail,
     wire::{Incoming, Kind, Outgoing, VERSION},
 };
 
@@ -54,14 +54,26 @@ fn keep_buffers() {
     }
 }
 
+/// Closes all descriptors from `first` on.
+pub(super) fn close_from(first: libc::c_uint) -> io::Result<()> {
+    // SAFETY: closes what this process was started with and knows nothing of: `init` asks its caller to come first, so
+    // that nobody here has opened a descriptor yet.
+    let closed = unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, 0) };
+    if closed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Lets a write beyond the largest size of a file fail instead of ending the process.
+pub(super) fn ignore_file_size_signal() {
+    // SAFETY: sets a signal to be ignored, for which nothing in this process has a handler.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
 /// Ties this process to its primary and waits for the hello.
 ///
 /// # Errors
 /// When whoever started this process speaks another language, or is gone.
 pub(crate) fn start() -> io::Result<Start> {
-    // First of all: from here on this process dies with its parent, whatever it is doing. Should the parent be gone
-    // already, nobody sends the hello, and reading it fails.
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    jail::begin()?;
     keep_buffers();
     let _ = rustix::thread::set_name(c"wrun-worker");
     // SAFETY: descriptor 0 is open (the runtime sees to that), this process owns it, and `start` is called once, before
@@ -192,6 +204,13 @@ impl Out {
                 return;
             }
         }
+    }
+
+    /// Waits until the primary has closed its end.
+    pub(crate) fn wait_until_cut(&self) {
+        use rustix::event::{PollFd, PollFlags, poll};
+        // what hangs up is told of without being asked for
+        while let Err(Errno::INTR) = poll(&mut [PollFd::new(&self.socket, PollFlags::empty())], None) {}
     }
 
     /// Whether the primary has closed its end.

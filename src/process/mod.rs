@@ -8,12 +8,14 @@
 //! spent, and no descriptor ever comes back.
 
 pub(crate) mod child;
+mod filter;
+mod jail;
 mod page;
 pub(crate) mod port;
 pub(crate) mod wire;
 
 use std::{
-    future::Future,
+    future::{Future, poll_fn},
     io::{self, IoSlice},
     os::{
         fd::BorrowedFd,
@@ -23,6 +25,7 @@ use std::{
     process::{ExitStatus, Stdio},
     sync::OnceLock,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use rustix::{
@@ -31,11 +34,15 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
-use tokio::{io::AsyncReadExt, net::UnixStream, process::Child};
+use tokio::{io::AsyncReadExt, net::UnixStream, process::Child, runtime::Runtime};
 
-pub(crate) use self::page::{Board, Page};
+pub use self::jail::Isolation;
 use self::wire::{Frame, Incoming, Kind, Outgoing, VERSION, WireError};
-use crate::outcome::End;
+pub(crate) use self::{
+    jail::{Bounds, Jail},
+    page::{Board, Page},
+};
+use crate::{Error, outcome::End};
 
 /// The name under which children run.
 const ARG0: &str = "wrun-worker";
@@ -67,7 +74,9 @@ pub(crate) struct Hello {
 pub(crate) enum Role {
     /// It runs a guest.
     Worker,
-    /// It compiles one.
+    /// It runs a command.
+    Command,
+    /// It compiles a guest.
     Compiler,
 }
 
@@ -93,6 +102,14 @@ impl Program {
     pub(crate) fn is_prepared(&self) -> bool {
         matches!(self, Self::At(_)) || INITIALISED.get().is_some()
     }
+}
+
+/// What runs on the thread that asks for it, as must all that makes children: they die with the thread that made them.
+///
+/// # Errors
+/// When the system has no descriptor left.
+pub(crate) fn runtime() -> Result<Runtime, Error> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::io("start the runtime"))
 }
 
 /// A child process.
@@ -147,8 +164,6 @@ impl Process {
         let child = tokio::process::Command::new(path)
             .arg0(ARG0)
             .env_clear()
-            // signals from a terminal are for the primary alone
-            .process_group(0)
             .stdin(Stdio::from(std::os::fd::OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -220,6 +235,32 @@ impl Process {
     pub(crate) fn kill(&mut self) {
         // fails when it is dead already
         let _ = self.child.start_kill();
+    }
+
+    /// Hands every frame to `take` until the process is gone; one that is not within this time is killed. How it ended,
+    /// and whether it was out of time.
+    pub(crate) async fn finish(mut self, within: Option<Duration>, mut take: impl FnMut(Frame<'_>)) -> (End, bool) {
+        self.flush();
+        let mut deadline = std::pin::pin!(within.map(tokio::time::sleep));
+        let mut out_of_time = false;
+        let end = poll_fn(|cx| {
+            if let Some(deadline) = deadline.as_mut().as_pin_mut()
+                && !out_of_time
+                && deadline.poll(cx).is_ready()
+            {
+                out_of_time = true;
+                self.kill();
+            }
+            loop {
+                match self.poll(cx, &mut take) {
+                    Poll::Ready(Seen::Gone(end)) => return Poll::Ready(end),
+                    Poll::Ready(_) => {}
+                    Poll::Pending => return Poll::Pending,
+                }
+            }
+        })
+        .await;
+        (end, out_of_time)
     }
 
     /// Hands every frame that has come to `take`, writes what waits, and sees whether the process is gone. It is not

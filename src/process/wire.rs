@@ -56,6 +56,8 @@ pub(crate) enum Kind {
     Access = 17,
     /// To the primary: something is wrong that ends nothing; the body says what.
     Warning = 18,
+    /// To the primary: not all walls are up, but the child may go on; the body says which are missing.
+    Walls = 19,
 }
 
 impl Kind {
@@ -79,6 +81,7 @@ impl Kind {
             16 => Self::Recycle,
             17 => Self::Access,
             18 => Self::Warning,
+            19 => Self::Walls,
             _ => return None,
         })
     }
@@ -236,12 +239,12 @@ mod tests {
 
     #[test]
     fn an_unknown_kind_is_refused() {
-        for kind in [0, 19, 255] {
+        for kind in [0, 20, 255] {
             let mut incoming = Incoming::new(100);
             incoming.space().extend_from_slice(&[0, 0, 0, 0, kind, 0, 0, 0, 0, 0, 0, 0, 0]);
             assert_eq!(incoming.next(), Err(WireError::UnknownKind { kind }));
         }
-        for kind in 1..=18 {
+        for kind in 1..=19 {
             assert_eq!(Kind::from_byte(kind).map(|kind| kind as u8), Some(kind));
         }
     }

@@ -12,18 +12,13 @@ use std::{
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::OnceLock,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
 
 use rustix::fs::MemfdFlags;
 use wasmtime::Engine;
 
-use crate::sandbox::{
-    LoadError, check,
-    code::{self, Code},
-    engine::EngineSpec,
-    guest::Guest,
-};
+use crate::sandbox::{code::Code, engine::EngineSpec, guest::Guest};
 
 /// Where compiled code is kept, or that it is not.
 #[derive(Debug, Clone)]
@@ -122,28 +117,6 @@ impl Cache {
             file
         };
         Code::open(file).ok_or_else(|| io::Error::other("what was just written is damaged"))
-    }
-
-    /// Finds a guest's code or compiles it here, in this process.
-    ///
-    /// # Errors
-    /// When it is no guest, not valid, or the code cannot be written anywhere.
-    pub(crate) fn load(&self, engine: &Engine, guest: Guest) -> Result<(Code, Source), LoadError> {
-        let entry = self.entry(engine, &guest);
-        if let Some(code) = entry.as_deref().and_then(Self::find) {
-            return Ok((code, Source::Cache));
-        }
-        let (path, started) = (guest.path.clone(), Instant::now());
-        let packed = code::compile(engine, guest.bytes)?;
-        let unreadable = |source| LoadError::Unreadable { path: path.clone(), source };
-        // linked before it is kept: an entry is a guest that runs
-        let mut code = Self::keep(None, &packed).map_err(&unreadable)?;
-        check(engine, &code)?;
-        if entry.is_some() {
-            code = Self::keep(entry.as_deref(), &packed).map_err(unreadable)?;
-        }
-        tracing::debug!("`{}` was compiled in {:?}", path.display(), started.elapsed());
-        Ok((code, Source::Compiler))
     }
 }
 

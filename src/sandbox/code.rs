@@ -8,14 +8,14 @@
 //! | n | the guest's [`Inspection`] as JSON |
 //! | 4 | n, little-endian |
 //! | 32 | SHA-256 of everything before |
-//! | 8 | `wrun.1\r\n` |
+//! | 8 | `wrun.2\r\n` |
 //!
 //! The check finds damage, not malice: whoever can write the file can make the check fit. So packed code is only taken
 //! from where nobody else may write (the cache), from our own hands, or when the user vouches for it.
 
 use std::{
     fs::File,
-    io::{Read, Seek, SeekFrom},
+    io::{self, Read, Seek, SeekFrom},
     os::fd::{AsFd, AsRawFd, BorrowedFd},
     path::PathBuf,
 };
@@ -23,10 +23,13 @@ use std::{
 use sha2::{Digest, Sha256};
 use wasmtime::{Engine, Module, component::Component};
 
-use crate::sandbox::{Form, Inspection, LoadError, guest};
+use crate::{
+    limits::CompileLimits,
+    sandbox::{Form, Inspection, LoadError, guest, precheck},
+};
 
 /// Ends every packed file, and is part of its name in the cache: another number for another form of what is packed.
-pub(crate) const MAGIC: &[u8; 8] = b"wrun.1\r\n";
+pub(crate) const MAGIC: &[u8; 8] = b"wrun.2\r\n";
 const TRAILER: usize = 4 + 32 + 8;
 
 /// Compiled code in a file that is whole.
@@ -37,13 +40,23 @@ pub(crate) struct Code {
     pub(crate) inspection: Inspection,
 }
 
-/// Compiles a guest (binary or text) and packs the result.
+/// Compiled code that this process has just made, packed.
+#[derive(Debug)]
+pub(crate) struct Packed {
+    /// What its file holds.
+    bytes: Vec<u8>,
+    /// What the guest is.
+    pub(crate) inspection: Inspection,
+}
+
+/// Compiles a guest (binary or text) within the limits and packs the result.
 ///
 /// # Errors
-/// When it is no guest, or not valid.
-pub(crate) fn compile(engine: &Engine, bytes: Vec<u8>) -> Result<Vec<u8>, LoadError> {
+/// When it is no guest, not valid, or beyond a limit.
+pub(crate) fn compile(engine: &Engine, bytes: Vec<u8>, limits: &CompileLimits) -> Result<Packed, LoadError> {
     let wasm = guest::binary(bytes)?;
     let inspection = Inspection::of(&wasm)?;
+    precheck(&wasm, limits)?;
     let compiled = match inspection.form {
         Form::Component => engine.precompile_component(&wasm),
         Form::Module => engine.precompile_module(&wasm),
@@ -54,7 +67,26 @@ pub(crate) fn compile(engine: &Engine, bytes: Vec<u8>) -> Result<Vec<u8>, LoadEr
     packed.extend_from_slice(&u32::try_from(meta.len()).expect("bounded by the guest's size").to_le_bytes());
     packed.extend_from_slice(&Sha256::digest(&packed));
     packed.extend_from_slice(MAGIC);
-    Ok(packed)
+    Ok(Packed { bytes: packed, inspection })
+}
+
+impl Packed {
+    /// What its file holds.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Maps a component, copied.
+    pub(crate) fn component(&self, engine: &Engine) -> wasmtime::Result<Component> {
+        // SAFETY: these bytes are what `compile`, the only maker of this type, got from the engine.
+        unsafe { Component::deserialize(engine, &self.bytes) }
+    }
+
+    /// Maps a core module, copied.
+    pub(crate) fn module(&self, engine: &Engine) -> wasmtime::Result<Module> {
+        // SAFETY: as in `component`.
+        unsafe { Module::deserialize(engine, &self.bytes) }
+    }
 }
 
 impl Code {
@@ -70,6 +102,11 @@ impl Code {
     /// Takes a file that the parent process has checked already, and what it said of it.
     pub(crate) fn checked(file: File, inspection: Inspection) -> Self {
         Self { file, inspection }
+    }
+
+    /// The size of its file, in bytes.
+    pub(crate) fn size(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
     }
 
     /// A path under which the engine can map the very file that was checked, whatever its name is now.
@@ -116,7 +153,8 @@ mod tests {
     #[test]
     fn any_damage_is_seen() {
         let engine = Engine::default();
-        let packed = compile(&engine, b"(module (func (export \"_start\")))".to_vec()).expect("valid");
+        let wat = b"(module (func (export \"_start\")))".to_vec();
+        let packed = compile(&engine, wat, &CompileLimits::default()).expect("valid").bytes;
         assert_eq!(unpack(&packed).expect("whole").exports, ["_start"]);
         for at in (0..packed.len()).step_by(7).chain(packed.len() - TRAILER..packed.len()) {
             let mut damaged = packed.clone();

@@ -3,7 +3,7 @@
 //! What is set here decides which compiled code fits ([`EngineSpec::fingerprint`] is part of the cache's names).
 
 use sha2::{Digest, Sha256};
-use wasmtime::{Config, Enabled, Engine, InstanceAllocationStrategy, PoolingAllocationConfig};
+use wasmtime::{Config, Enabled, Engine, InstanceAllocationStrategy, PoolingAllocationConfig, WasmBacktraceDetails};
 
 use crate::{limits::Bytes, sandbox::code::MAGIC};
 
@@ -30,8 +30,17 @@ pub(crate) struct Pool {
     pub(crate) memory: Bytes,
 }
 
-/// Core modules that one component may hold: a plain component of `wasm32-wasip2` has 3, linked languages about 20.
-const MODULES_PER_COMPONENT: u32 = 32;
+/// Core instances that one guest may have: a plain component of `wasm32-wasip2` has 3, linked languages about 20.
+pub(super) const CORE_INSTANCES_MAX: u32 = 32;
+/// Linear memories that one guest may have.
+pub(super) const MEMORIES_MAX: u32 = 4;
+/// Tables that one guest may have.
+pub(super) const TABLES_MAX: u32 = 8;
+/// Elements that one table may have; a function pointer takes one.
+pub(super) const TABLE_ELEMENTS_MAX: usize = 100_000;
+
+/// What host calls may need on top of a guest's stack: as much as the engine's defaults leave.
+const HOST_STACK: usize = 3 << 19;
 
 impl EngineSpec {
     /// Makes the engine.
@@ -44,13 +53,25 @@ impl EngineSpec {
             .concurrency_support(false)
             .epoch_interruption(self.epoch_checks)
             .consume_fuel(self.fuel)
+            // else a variable of the environment decides, which a child does not have
+            .wasm_backtrace_details(WasmBacktraceDetails::Disable)
             .max_wasm_stack(self.stack.as_usize())
-            // the guest's stack and as much again for the host calls on top of it as the engine's defaults leave
-            .async_stack_size(self.stack.as_usize().saturating_add(3 << 19));
+            .async_stack_size(self.stack.as_usize().saturating_add(HOST_STACK));
         if let Some(pool) = self.pool {
             config.allocation_strategy(InstanceAllocationStrategy::Pooling(pool.config()));
         }
         Engine::new(&config)
+    }
+
+    /// The most memory that instances of a guest with so many linear memories take, in bytes that can be written to:
+    /// what the engine reserves beyond that cannot.
+    pub(crate) fn instances_data(&self, memory: Bytes, memories: u32) -> u64 {
+        // one more, as in `Pool::config`
+        let instances = self.pool.map_or(1, |pool| u64::from(pool.instances) + 1);
+        let stack = self.stack.0.saturating_add(HOST_STACK as u64);
+        let tables = u64::from(TABLES_MAX) * TABLE_ELEMENTS_MAX as u64 * size_of::<usize>() as u64;
+        let memories = memory.0.saturating_mul(u64::from(memories.clamp(1, MEMORIES_MAX)));
+        instances.saturating_mul(memories.saturating_add(stack).saturating_add(tables))
     }
 
     /// A hash of all that decides whether packed code fits: how it is packed, the engine's version and flags, this
@@ -76,18 +97,17 @@ impl Pool {
     fn config(self) -> PoolingAllocationConfig {
         // one more than can be in use, so that a slot can be given back while its successor is made
         let instances = self.instances + 1;
-        let modules = instances.saturating_mul(MODULES_PER_COMPONENT);
         let mut pool = PoolingAllocationConfig::default();
         pool.total_component_instances(instances)
-            .total_core_instances(modules)
+            .total_core_instances(instances.saturating_mul(CORE_INSTANCES_MAX))
             .total_stacks(instances)
-            .total_memories(instances.saturating_mul(4))
-            .total_tables(instances.saturating_mul(8))
-            .max_core_instances_per_component(MODULES_PER_COMPONENT)
-            .max_memories_per_component(4)
-            .max_tables_per_component(8)
+            .total_memories(instances.saturating_mul(MEMORIES_MAX))
+            .total_tables(instances.saturating_mul(TABLES_MAX))
+            .max_core_instances_per_component(CORE_INSTANCES_MAX)
+            .max_memories_per_component(MEMORIES_MAX)
+            .max_tables_per_component(TABLES_MAX)
             .max_memory_size(self.memory.as_usize())
-            .table_elements(100_000)
+            .table_elements(TABLE_ELEMENTS_MAX)
             // what a guest wrote is copied back instead of unmapped: no page faults for the next one
             .linear_memory_keep_resident(4 << 20)
             .table_keep_resident(64 << 10)

@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::{self, Read},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use rustix::{
@@ -25,8 +25,6 @@ const MAGIC: &[u8] = b"\0asm";
 pub struct Guest {
     /// Its name: the file's without `.wasm`, `.wat` and the like.
     pub(crate) name: String,
-    /// Where it came from, for messages.
-    pub(crate) path: PathBuf,
     /// The file's bytes: a binary, or a text.
     pub(crate) bytes: Vec<u8>,
 }
@@ -52,7 +50,7 @@ impl Guest {
         if bytes.len() as u64 > GUEST_MAX.0 {
             return Err(LoadError::TooLarge { path: path.into(), max: GUEST_MAX });
         }
-        Ok(Self { name: name_of(path), path: path.into(), bytes })
+        Ok(Self { name: name_of(path), bytes })
     }
 
     /// SHA-256 of the bytes as they came: the guest's version.

@@ -28,6 +28,8 @@ pub struct Inspection {
     pub functions: u32,
     /// The least memory that it can start with, in bytes.
     pub memory_min: u64,
+    /// How many linear memories it defines.
+    pub memories: u32,
 }
 
 /// How a guest is packed.
@@ -100,6 +102,7 @@ impl Inspection {
             data_bytes: 0,
             functions: 0,
             memory_min: 0,
+            memories: 0,
         };
         // sections of modules inside of a component count for its size but not for what it imports
         let mut depth = 0u32;
@@ -139,6 +142,7 @@ impl Inspection {
                     found.code_bytes += u64::from(size);
                 }
                 Payload::MemorySection(section) => {
+                    found.memories = found.memories.saturating_add(section.count());
                     for memory in section {
                         let memory = memory.map_err(invalid)?;
                         let page = 1u64.checked_shl(memory.page_size_log2.unwrap_or(16)).unwrap_or(u64::MAX);

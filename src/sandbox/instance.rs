@@ -21,7 +21,9 @@ use crate::{
     message::Message,
     outcome::{End, LimitKind, Outcome, Stage, Usage, millis},
     sandbox::{
-        Form, Identity, LoadError, Outbox, Program, Stdio, guest,
+        Form, Identity, LoadError, Outbox, Program, Stdio,
+        engine::{CORE_INSTANCES_MAX, MEMORIES_MAX, TABLE_ELEMENTS_MAX, TABLES_MAX},
+        guest,
         host::{
             BodyError, NoOutbound, Respond, Scheme,
             bindings::{HandlerGuest, wrun::guest as wit},
@@ -108,8 +110,6 @@ struct Limiter {
 #[error("memory limit")]
 struct OutOfMemory;
 
-/// Elements that one table may have; a function pointer takes one.
-const TABLE_MAX: usize = 100_000;
 /// What one call from the guest may make the host allocate, beside the messages themselves.
 const HOSTCALL_BYTES: usize = 8 << 20;
 /// Files, streams and the like that one guest may hold at once.
@@ -130,7 +130,19 @@ impl ResourceLimiter for Limiter {
     }
 
     fn table_growing(&mut self, _: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
-        Ok(desired <= TABLE_MAX)
+        Ok(desired <= TABLE_ELEMENTS_MAX)
+    }
+
+    fn instances(&self) -> usize {
+        CORE_INSTANCES_MAX as usize
+    }
+
+    fn memories(&self) -> usize {
+        MEMORIES_MAX as usize
+    }
+
+    fn tables(&self) -> usize {
+        TABLES_MAX as usize
     }
 }
 

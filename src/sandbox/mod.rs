@@ -14,6 +14,7 @@ mod guest;
 mod host;
 mod inspect;
 mod instance;
+mod precheck;
 mod stdio;
 
 use std::{io, path::PathBuf, sync::Arc};
@@ -22,12 +23,13 @@ use wasmtime::{Engine, component, component::Linker};
 
 pub(crate) use self::{
     cache::write_whole,
-    code::{Code, compile},
+    code::{Code, Packed, compile},
     engine::{EngineSpec, Pool},
     guest::{binary, open_file},
     host::{BodyError, Full, GuestBody, Identity, Outbox, Respond, Scheme, Unfinished},
     inspect::{import_hint, offered},
     instance::{Answer, Instance, Setup, cpu_ms},
+    precheck::precheck,
     stdio::{OutputSink, Stdio},
 };
 pub use self::{
@@ -86,6 +88,20 @@ pub enum LoadError {
     Invalid {
         /// What is wrong, and at which offset.
         reason: String,
+    },
+    /// It has more of something than is compiled without being asked to.
+    #[error("{whose} has {found} {what}, more than the {max} that are compiled (--compile-{flag})")]
+    TooComplex {
+        /// The guest, or one of its functions.
+        whose: String,
+        /// Of what.
+        what: &'static str,
+        /// How many it has.
+        found: u64,
+        /// How many it may have.
+        max: u64,
+        /// The flag that sets this limit, without `--compile-`.
+        flag: &'static str,
     },
     /// It imports what wrun does not offer.
     #[error("it imports `{import}`, which wrun does not offer")]
@@ -172,6 +188,9 @@ impl LoadError {
                 "make it again with `wrun compile -o`, by this wrun, with `--fuel` if it runs with that, and without `--epoch`".into()
             }
             Self::NeedsMemory { needs, .. } => format!("give it more: `--memory {needs}` or above"),
+            Self::TooComplex { found, flag, .. } => {
+                format!("few programs are like that; if this one shall be compiled: `--compile-{flag} {found}`")
+            }
             Self::Reported { hint, .. } => return hint.clone(),
             _ => return None,
         })
@@ -183,12 +202,91 @@ impl LoadError {
             Self::NotFound { .. } | Self::Unreadable { .. } | Self::NotAFile { .. } | Self::TooLarge { .. } => {
                 Stage::Load
             }
-            Self::NotWasm { .. } | Self::Invalid { .. } | Self::Precompiled { .. } => Stage::Compile,
+            Self::NotWasm { .. } | Self::Invalid { .. } | Self::TooComplex { .. } | Self::Precompiled { .. } => {
+                Stage::Compile
+            }
             Self::UnknownImport { .. } | Self::Mismatch { .. } | Self::WrongShape { .. } => Stage::Link,
             Self::Grant(_) | Self::NeedsMemory { .. } => Stage::Start,
             Self::Reported { stage, .. } => *stage,
         };
         End::Failed { stage, reason: self.to_string(), hint: self.hint() }
+    }
+}
+
+/// A guest's code, mapped: from here on no file is opened and no memory is made executable.
+pub(crate) struct Mapped {
+    engine: Engine,
+    code: MappedCode,
+}
+
+enum MappedCode {
+    Component(component::Component),
+    Module(wasmtime::Module),
+}
+
+impl Mapped {
+    /// Maps code from its file.
+    ///
+    /// # Errors
+    /// When it does not fit the engine.
+    pub(crate) fn of(engine: Engine, code: &Code) -> Result<Self, LoadError> {
+        let mapped = match code.inspection.form {
+            Form::Component => code.component(&engine).map(MappedCode::Component),
+            Form::Module => code.module(&engine).map(MappedCode::Module),
+        };
+        Self::from(engine, mapped)
+    }
+
+    fn from(engine: Engine, code: wasmtime::Result<MappedCode>) -> Result<Self, LoadError> {
+        // not the whole chain: it names the file by the descriptor that it is mapped from
+        let code =
+            code.map_err(|error| LoadError::Precompiled { reason: guest::one_line(&error.root_cause().to_string()) })?;
+        Ok(Self { engine, code })
+    }
+
+    /// Links it, as a guest of the expected shape.
+    ///
+    /// # Errors
+    /// When it is of another shape, or imports what is not offered.
+    pub(crate) fn link(self, inspection: &Inspection, expected: Shape) -> Result<Sandbox, LoadError> {
+        let Inspection { form, shape: found, .. } = *inspection;
+        let wrong_shape = || LoadError::WrongShape { expected, found, form };
+        if found != Some(expected) {
+            return Err(wrong_shape());
+        }
+        let engine = self.engine;
+        let program = match (expected, self.code) {
+            (_, MappedCode::Component(component)) => {
+                let mut linker = Linker::new(&engine);
+                instance::link_component(&mut linker, &inspection.imports).expect("no name is linked twice");
+                let pre = linker.instantiate_pre(&component).map_err(|error| link_error(&error, &component))?;
+                let program = match expected {
+                    Shape::Handler => host::bindings::HandlerGuestPre::new(pre).map(Program::Handler),
+                    Shape::Http => wasmtime_wasi_http::p2::bindings::ProxyPre::new(pre).map(Program::Http),
+                    Shape::Command => wasmtime_wasi::p2::bindings::CommandPre::new(pre).map(Program::Command),
+                };
+                program.map_err(|error| mismatch(&error))?
+            }
+            (Shape::Command, MappedCode::Module(module)) => {
+                let mut linker = wasmtime::Linker::new(&engine);
+                instance::link_module(&mut linker).expect("no name is linked twice");
+                if !instance::is_start(module.get_export("_start")) {
+                    return Err(LoadError::Invalid {
+                        reason: "`_start` must be a function without parameters and results".into(),
+                    });
+                }
+                Program::Module(linker.instantiate_pre(&module).map_err(|error| {
+                    match error.downcast::<wasmtime::UnknownImportError>() {
+                        Ok(unknown) => {
+                            LoadError::UnknownImport { import: format!("{}::{}", unknown.module(), unknown.name()) }
+                        }
+                        Err(error) => mismatch(&error),
+                    }
+                })?)
+            }
+            (Shape::Handler | Shape::Http, MappedCode::Module(_)) => return Err(wrong_shape()),
+        };
+        Ok(Sandbox { engine, program })
     }
 }
 
@@ -226,56 +324,6 @@ impl Ticker {
 }
 
 impl Sandbox {
-    /// Maps and links a guest's code, as a guest of the expected shape.
-    ///
-    /// # Errors
-    /// When it is of another shape, imports what is not offered, or its code does not fit the engine.
-    pub(crate) fn load(engine: Engine, code: &Code, expected: Shape) -> Result<Self, LoadError> {
-        let Inspection { form, shape: found, .. } = code.inspection;
-        let wrong_shape = || LoadError::WrongShape { expected, found, form };
-        if found != Some(expected) {
-            return Err(wrong_shape());
-        }
-        // not the whole chain: it names the file by the descriptor that it is mapped from
-        let unfit = |error: wasmtime::Error| LoadError::Precompiled {
-            reason: guest::one_line(&error.root_cause().to_string()),
-        };
-        let program = match (expected, form) {
-            (_, Form::Component) => {
-                let mut linker = Linker::new(&engine);
-                instance::link_component(&mut linker, &code.inspection.imports).expect("no name is linked twice");
-                let component = code.component(&engine).map_err(unfit)?;
-                let pre = linker.instantiate_pre(&component).map_err(|error| link_error(&error, &component))?;
-                let program = match expected {
-                    Shape::Handler => host::bindings::HandlerGuestPre::new(pre).map(Program::Handler),
-                    Shape::Http => wasmtime_wasi_http::p2::bindings::ProxyPre::new(pre).map(Program::Http),
-                    Shape::Command => wasmtime_wasi::p2::bindings::CommandPre::new(pre).map(Program::Command),
-                };
-                program.map_err(|error| mismatch(&error))?
-            }
-            (Shape::Command, Form::Module) => {
-                let mut linker = wasmtime::Linker::new(&engine);
-                instance::link_module(&mut linker).expect("no name is linked twice");
-                let module = code.module(&engine).map_err(unfit)?;
-                if !instance::is_start(module.get_export("_start")) {
-                    return Err(LoadError::Invalid {
-                        reason: "`_start` must be a function without parameters and results".into(),
-                    });
-                }
-                Program::Module(linker.instantiate_pre(&module).map_err(|error| {
-                    match error.downcast::<wasmtime::UnknownImportError>() {
-                        Ok(unknown) => {
-                            LoadError::UnknownImport { import: format!("{}::{}", unknown.module(), unknown.name()) }
-                        }
-                        Err(error) => mismatch(&error),
-                    }
-                })?)
-            }
-            (Shape::Handler | Shape::Http, Form::Module) => return Err(wrong_shape()),
-        };
-        Ok(Self { engine, program })
-    }
-
     /// Makes an instance.
     ///
     /// # Errors
@@ -284,20 +332,32 @@ impl Sandbox {
         Instance::start(&self.engine, &self.program, setup).await
     }
 
+    /// Runs a command from start to end.
+    pub(crate) async fn run(&self, setup: &Arc<Setup>) -> Outcome {
+        match self.start(setup).await {
+            Ok(instance) => instance.run().await,
+            Err(outcome) => outcome,
+        }
+    }
+
     /// The clock of this sandbox's engine.
     pub(crate) fn ticker(&self) -> Ticker {
         Ticker(self.engine.clone())
     }
 }
 
-/// Sees that a guest's code can be linked, whatever its shape; one that wrun cannot run at all passes.
+/// Sees that what [`compile`] has just made can be linked, whatever its shape; one that wrun cannot run at all passes.
 ///
 /// # Errors
-/// As [`Sandbox::load`].
-pub(crate) fn check(engine: &Engine, code: &Code) -> Result<(), LoadError> {
-    match (code.inspection.shape, code.inspection.form) {
+/// As [`Mapped::link`].
+pub(crate) fn check(engine: &Engine, packed: &Packed) -> Result<(), LoadError> {
+    match (packed.inspection.shape, packed.inspection.form) {
         (Some(shape @ Shape::Command), _) | (Some(shape), Form::Component) => {
-            Sandbox::load(engine.clone(), code, shape).map(drop)
+            let mapped = match packed.inspection.form {
+                Form::Component => packed.component(engine).map(MappedCode::Component),
+                Form::Module => packed.module(engine).map(MappedCode::Module),
+            };
+            Mapped::from(engine.clone(), mapped)?.link(&packed.inspection, shape).map(drop)
         }
         _ => Ok(()),
     }

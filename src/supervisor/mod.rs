@@ -105,6 +105,8 @@ pub(crate) struct Supervisor {
     next_look: Instant,
     kill_at: Option<Instant>,
     grace_exceeded: bool,
+    /// Whether it was told which walls are missing: the system is the same for all workers.
+    walls_told: bool,
     last_failure: Option<Outcome>,
 }
 
@@ -161,6 +163,7 @@ impl Supervisor {
             timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
             kill_at: None,
             grace_exceeded: false,
+            walls_told: false,
             last_failure: None,
         }
     }
@@ -276,12 +279,18 @@ impl Supervisor {
                 Poll::Ready(None) => progress = true,
                 Poll::Pending => {}
             }
-            let Self { seats, events, .. } = self;
+            let Self { seats, events, walls_told, .. } = self;
             let Seat { id, slot, current, .. } = &mut seats[at];
             let id = *id;
             let Some(worker) = current else { continue };
             let seen = worker.poll(cx, id, events, &mut take);
             if worker.ready && slot.ready(now) {
+                if let Some(missing) = worker.missing_walls.take()
+                    && !std::mem::replace(walls_told, true)
+                {
+                    let message = format!("workers do without a wall: {missing}");
+                    events(Event::Error { worker: None, message });
+                }
                 let start_ms = millis(worker.age());
                 events(Event::Online { worker: id, pid: worker.process.pid(), start_ms });
                 worker.process.send(Kind::Open, 0, b"");

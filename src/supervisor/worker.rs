@@ -28,6 +28,8 @@ pub(super) struct Worker {
     pub(super) forked: Instant,
     /// Whether it said that it is ready.
     pub(super) ready: bool,
+    /// The walls that it has to do without.
+    pub(super) missing_walls: Option<String>,
     /// Whether it wants a successor, for this reason.
     pub(super) wants_successor: Option<String>,
     /// How many tasks its mode has counted.
@@ -51,6 +53,7 @@ impl Worker {
             process,
             forked: now,
             ready: false,
+            missing_walls: None,
             wants_successor: None,
             tasks: 0,
             kill_at: None,
@@ -81,10 +84,11 @@ impl Worker {
         events: &mut dyn FnMut(Event),
         take: &mut Take<'_>,
     ) -> Poll<Seen> {
-        let Self { process, ready, wants_successor, ending, forked, .. } = self;
+        let Self { process, ready, missing_walls, wants_successor, ending, forked, .. } = self;
         let mut broken = None;
         let seen = process.poll(cx, |frame| match frame.kind {
             Kind::Ready => *ready = true,
+            Kind::Walls => *missing_walls = Some(String::from_utf8_lossy(frame.body).into_owned()),
             Kind::Recycle => *wants_successor = Some(String::from_utf8_lossy(frame.body).into_owned()),
             Kind::Stdout => tell_lines(events, worker, Stream::Stdout, frame.body),
             Kind::Stderr => tell_lines(events, worker, Stream::Stderr, frame.body),
@@ -167,7 +171,7 @@ fn tell_lines(events: &mut dyn FnMut(Event), worker: WorkerId, stream: Stream, b
 fn death_of(end: &End) -> Death {
     match end {
         End::Exited { code: 0 } => Death::Clean,
-        End::Failed { stage, .. } if stage.is_guests() => Death::Hopeless,
+        End::Failed { stage, .. } if stage.is_hopeless() => Death::Hopeless,
         _ => Death::Crash,
     }
 }

@@ -61,6 +61,13 @@ impl Worker {
         line.trim_end_matches("kB").trim().parse().expect("a number")
     }
 
+    /// What it may use of something.
+    fn limit(self, which: &str) -> u64 {
+        let limits = self.file("limits");
+        let line = limits.lines().find_map(|line| line.strip_prefix(which)).expect("a line");
+        line.split_whitespace().next().expect("the soft limit").parse().expect("a number")
+    }
+
     /// How long it has computed.
     fn computed(self) -> Duration {
         let stat = self.file("stat");
@@ -432,9 +439,11 @@ fn a_worker_that_runs_out_of_descriptors_rests_until_there_are_some() {
     inside.send_get("/");
     assert_eq!(inside.response().status, 200);
     let descriptors = format!("/proc/{}/fd", worker.0.as_raw_pid());
+    // what the worker may have is less than what this process may, and cannot be raised again
+    let maximum = worker.limit("Max open files");
     let limit = |most: Option<u64>| {
-        let all = getrlimit(Resource::Nofile);
-        prlimit(Some(worker.0), Resource::Nofile, Rlimit { current: most.or(all.maximum), ..all }).unwrap();
+        let bounds = Rlimit { current: most.or(Some(maximum)), maximum: Some(maximum) };
+        prlimit(Some(worker.0), Resource::Nofile, bounds).unwrap();
     };
     let open = worker.open();
     for _ in 0..2 {

@@ -11,7 +11,9 @@ const UNSAFE: [&str; 4] =
     ["src/child/http/accept.rs", "src/process/child.rs", "src/process/page.rs", "src/sandbox/code.rs"];
 
 /// The only homes of heavy dependencies, and of what prints.
-const HOMES: [(&[&str], &[&str]); 3] = [
+const HOMES: [(&[&str], &[&str]); 5] = [
+    (&["landlock::"], &["src/process/jail.rs"]),
+    (&["seccompiler::"], &["src/process/filter.rs"]),
     (&["wasmtime::", "wasmtime_wasi::", "wasmtime_wasi_http::", "wasmparser::", "wat::"], &["src/sandbox/"]),
     (&["clap::"], &["src/cli/", "src/main.rs"]),
     (&["println!", "print!", "eprintln!", "eprint!", "dbg!"], &["src/report.rs"]),

@@ -19,7 +19,7 @@ use tokio::{
 };
 
 use super::{Server, connection};
-use crate::process::wire::Kind;
+use crate::{child::worker::DESCRIPTORS_KEPT, process::wire::Kind};
 
 /// How long a worker with more than its share lets others go first, and how often.
 const STEP_BACK: Duration = Duration::from_millis(1);
@@ -28,9 +28,6 @@ const STEPS_BACK: u32 = 5;
 /// How long it waits when there is no descriptor or memory for a connection: the first time, and at most.
 const PAUSE_FIRST: Duration = Duration::from_millis(10);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
-
-/// Descriptors that are kept for other things than connections.
-const DESCRIPTORS_KEPT: u64 = 64;
 
 /// Accepts connections until it is dropped.
 pub(super) async fn run(server: Rc<Server>, listener: OwnedFd) {
@@ -84,13 +81,11 @@ fn accept(listener: &OwnedFd) -> io::Result<(TcpStream, IpAddr)> {
     Ok((TcpStream::from_std(stream.into())?, peer.ip().to_canonical()))
 }
 
-/// For how many connections there are descriptors, after asking for all that this process may have.
+/// For how many connections there are descriptors. The jail has asked for as many as are wanted.
 fn descriptors() -> u32 {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-    let raised = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).is_ok();
-    let allowed = if raised { maximum } else { current };
-    allowed
+    use rustix::process::{Resource, getrlimit};
+    getrlimit(Resource::Nofile)
+        .current
         .map_or(u32::MAX, |allowed| u32::try_from(allowed.saturating_sub(DESCRIPTORS_KEPT)).unwrap_or(u32::MAX).max(1))
 }
 

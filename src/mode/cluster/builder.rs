@@ -20,12 +20,12 @@ use super::{
 };
 use crate::{
     Error,
-    child::{ListenConfig, WorkerConfig, compile_aside, find_compiled, inspect_aside},
+    child::{Compiler, ListenConfig, WorkerConfig, jail_of},
     event::Event,
     grant::Grants,
-    limits::{Bytes, HttpLimits, Limits},
+    limits::{Bytes, CompileLimits, HttpLimits, Limits},
     message::Message,
-    process::{Process, Program, Role},
+    process::{Isolation, Process, Program, Role, runtime},
     sandbox::{Cache, EngineSpec, Form, Guest, Identity, LoadError, Pool as EnginePool, Shape},
     supervisor::{EventSink, Launch, Policy, Restart, Supervisor, Watch},
 };
@@ -92,6 +92,8 @@ pub struct Builder {
     cache: Cache,
     grants: Grants,
     pub(super) limits: Limits,
+    isolation: Isolation,
+    compile: CompileLimits,
     data: Message,
     life: Option<InstanceLife>,
     reuse: Option<u64>,
@@ -121,6 +123,8 @@ impl Builder {
             cache: Cache::at(None),
             grants: Grants::default(),
             limits: Limits::of_a_task(),
+            isolation: Isolation::Process,
+            compile: CompileLimits::default(),
             data: Message::null(),
             life: None,
             reuse: None,
@@ -169,6 +173,18 @@ impl Builder {
     /// What bounds each instance and each task; default [`Limits::of_a_task`].
     pub fn limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
+        self
+    }
+
+    /// What is between a worker and the host; default [`Isolation::Process`]. A pool has no [`Isolation::Thread`].
+    pub fn isolation(mut self, isolation: Isolation) -> Self {
+        self.isolation = isolation;
+        self
+    }
+
+    /// What bounds the compilation of its guest.
+    pub fn compile_limits(mut self, limits: CompileLimits) -> Self {
+        self.compile = limits;
         self
     }
 
@@ -319,8 +335,7 @@ impl Builder {
         let thread = std::thread::Builder::new()
             .name("wrun-pool".into())
             .spawn(move || {
-                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-                let runtime = match runtime.map_err(Error::io("start the runtime")) {
+                let runtime = match runtime() {
                     Ok(runtime) => runtime,
                     Err(error) => {
                         let _ = started.send(Err(error));
@@ -422,11 +437,15 @@ impl Builder {
         let guest = Guest::read(&self.guest)?;
         for listen in [None, Some(SocketAddr::from(([127, 0, 0, 1], 0)))] {
             let spec = Self { listen, ..self.clone() }.engine(1);
-            if let Some(code) = find_compiled(&self.cache, spec, &guest)? {
+            if let Some(code) = Compiler::find(&self.cache, spec, &guest)? {
                 return Ok(code.inspection.shape);
             }
         }
-        Ok(inspect_aside(&self.program, &guest).await?.shape)
+        Ok(self.compiler().inspect(&guest).await?.shape)
+    }
+
+    fn compiler(&self) -> Compiler {
+        Compiler { program: self.program.clone(), isolation: self.isolation, limits: self.compile }
     }
 
     fn watch(&self) -> Watch {
@@ -463,7 +482,7 @@ impl Builder {
     pub(super) async fn launch(&self, port: Option<Arc<Port>>) -> Result<Launch, Error> {
         let guest = Guest::read(&self.guest)?;
         let name = guest.name.clone();
-        let code = compile_aside(&self.program, &self.cache, self.engine(1), guest).await?;
+        let (code, _) = self.compiler().load(&self.cache, self.engine(1), &guest).await?;
         let inspection = code.inspection.clone();
         let (found, form) = (inspection.shape, inspection.form);
         let fits = match found {
@@ -489,8 +508,25 @@ impl Builder {
             None if is_handler || self.reuse.is_some() => InstanceLife::Worker,
             None => InstanceLife::Task,
         };
+        let engine = self.engine(concurrency);
+        let listen = port.as_ref().map(|_| ListenConfig {
+            http: self.http.clone(),
+            queue: u32::try_from(self.queue.div_ceil(self.workers as usize)).unwrap_or(u32::MAX),
+            access_log: self.access_log,
+            trusted: self.trusted.clone(),
+            probe: self.probe.clone(),
+            requests_max: self.requests_max,
+        });
+        let size = code.size().map_err(Error::io("look at the compiled guest"))?;
+        let jail = jail_of(
+            self.isolation,
+            (&self.grants, &self.limits),
+            (&engine, concurrency),
+            (&inspection, size),
+            listen.as_ref(),
+        );
         let mut config = WorkerConfig {
-            engine: self.engine(concurrency),
+            engine,
             inspection,
             grants: self.grants.clone(),
             limits: self.limits.clone(),
@@ -502,14 +538,8 @@ impl Builder {
             },
             concurrency,
             beat: self.heartbeat / 10,
-            listen: port.as_ref().map(|_| ListenConfig {
-                http: self.http.clone(),
-                queue: u32::try_from(self.queue.div_ceil(self.workers as usize)).unwrap_or(u32::MAX),
-                access_log: self.access_log,
-                trusted: self.trusted.clone(),
-                probe: self.probe.clone(),
-                requests_max: self.requests_max,
-            }),
+            listen,
+            jail,
         };
         let body_max = u32::try_from(self.limits.message_max.0).unwrap_or(u32::MAX).saturating_add(FRAME_SLACK);
         let program = self.program.clone();
@@ -529,6 +559,9 @@ impl Builder {
         let usage = |text: &str| Err(Error::Usage(text.into()));
         if !self.program.is_prepared() {
             return usage("call `wrun::init()` first thing in `main`: workers are this program, started again");
+        }
+        if self.isolation == Isolation::Thread {
+            return usage("the workers of a pool are processes: expected `process` or `jail` for their isolation");
         }
         let concurrency = self.concurrency.unwrap_or(1);
         if self.workers == 0 || concurrency == 0 {

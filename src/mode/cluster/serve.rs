@@ -12,7 +12,7 @@ use super::{
     pool::{Finish, Stop},
     signals::Signals,
 };
-use crate::{Error, event::Event, sandbox::Shape};
+use crate::{Error, event::Event, process::runtime, sandbox::Shape};
 
 /// Says what the guest of a pool is, so that a command can choose what to do with it; none when wrun cannot run it.
 ///
@@ -65,8 +65,4 @@ pub fn run(builder: Builder, events: impl FnMut(Event) + Send + 'static) -> Resu
             None => End::Done,
         })
     })
-}
-
-fn runtime() -> Result<tokio::runtime::Runtime, Error> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::io("start the runtime"))
 }

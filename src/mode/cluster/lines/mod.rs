@@ -28,6 +28,7 @@ use crate::{
         pool::{Client, Finish, Request, Stop},
         signals::Signals,
     },
+    process::runtime,
 };
 
 /// Runs a pool on the lines of `input` until its end, or until SIGINT or SIGTERM. Events go to `events`.
@@ -46,8 +47,7 @@ pub fn run(
     ordered: bool,
     events: impl FnMut(Event) + Send + 'static,
 ) -> Result<End, Error> {
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::io("start the runtime"))?;
+    let runtime = runtime()?;
     let ended = runtime.block_on(async {
         let max = builder.limits.message_max.as_usize();
         let window = ordered.then(|| builder.queue.saturating_mul(2) as u64);

@@ -1,0 +1,94 @@
+//! A child that runs one command guest, with the standard streams that it was given.
+
+use std::{
+    os::fd::{IntoRawFd, OwnedFd},
+    sync::Arc,
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{enter, exit_with_primary};
+use crate::{
+    grant::Grants,
+    limits::Limits,
+    message::Message,
+    outcome::{Outcome, Usage},
+    process::{
+        Jail,
+        child::{Out, Start, report_panics},
+        wire::Kind,
+    },
+    sandbox::{Code, EngineSpec, Identity, Inspection, LoadError, Mapped, Setup, Shape, Stdio},
+};
+
+/// What a command is told.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct CommandConfig {
+    /// How its engine is made.
+    pub(crate) engine: EngineSpec,
+    /// What its guest is.
+    pub(crate) inspection: Inspection,
+    /// What the guest may touch.
+    pub(crate) grants: Grants,
+    /// What bounds it. The primary watches the clock.
+    pub(crate) limits: Limits,
+    /// Its arguments, its own name first.
+    pub(crate) args: Vec<String>,
+    /// What its process may do.
+    pub(crate) jail: Jail,
+}
+
+/// The child. Its code comes on the first descriptor, its standard streams on those after it.
+pub(super) fn main(start: Start) -> i32 {
+    let Start { socket, hello, fds, .. } = start;
+    let Ok(out) = socket.try_clone().map(Out::new) else { return 125 };
+    // lives as long as the process
+    let out: &'static Out = Box::leak(Box::new(out));
+    report_panics(out);
+    // descriptor 0 becomes the guest's
+    let _ = socket.into_raw_fd();
+    let outcome = run(out, hello.config.get(), fds).unwrap_or_else(|error| error.end().with(Usage::default()));
+    out.push(Kind::Ended, 0, &serde_json::to_vec(&outcome).expect("plain data has a JSON form"));
+    out.finish();
+    outcome.end.exit_code().into()
+}
+
+fn run(out: &'static Out, config: &str, fds: Vec<OwnedFd>) -> Result<Outcome, LoadError> {
+    let broken = |reason: String| LoadError::Invalid { reason };
+    let config: CommandConfig = serde_json::from_str(config).map_err(|error| broken(error.to_string()))?;
+    let mut fds = fds.into_iter().skip(1);
+    let (Some(code), Some(stdin), Some(stdout), Some(stderr)) = (fds.next(), fds.next(), fds.next(), fds.next()) else {
+        return Err(broken("the command got no code or no standard streams".into()));
+    };
+    rustix::stdio::dup2_stdin(stdin)
+        .and_then(|()| rustix::stdio::dup2_stdout(stdout))
+        .and_then(|()| rustix::stdio::dup2_stderr(stderr))
+        .map_err(|error| broken(error.to_string()))?;
+
+    let code = Code::checked(code.into(), config.inspection);
+    let (mapped, runtime) = enter(&config.jail, out, || {
+        let engine = config.engine.engine().map_err(|error| broken(format!("{error:#}")))?;
+        // the runtime makes sockets for itself
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        Ok((Mapped::of(engine, &code)?, runtime.map_err(|error| broken(error.to_string()))?))
+    })?;
+    // what is missing is told of before the guest prints
+    out.finish();
+    exit_with_primary(out).map_err(|error| broken(error.to_string()))?;
+    let sandbox = mapped.link(&code.inspection, Shape::Command)?;
+    let name = config.args.first().cloned().unwrap_or_default();
+    let setup = Arc::new(Setup {
+        grants: config.grants,
+        limits: config.limits,
+        identity: Identity { id: 1, count: 1, generation: 1, name, process: true },
+        data: Message::null(),
+        args: config.args,
+        stdio: Stdio::Inherit,
+        outbox: None,
+        shares_thread: false,
+    });
+    let outcome = runtime.block_on(sandbox.run(&setup));
+    // a thread may still sit in a read of standard input: nobody waits for it
+    runtime.shutdown_background();
+    Ok(outcome)
+}
