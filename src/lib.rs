@@ -12,6 +12,7 @@
 //! | feed JSON lines to a pool | [`cluster::lines`] |
 //! | say what a guest is | [`inspect`] |
 //! | compile ahead | [`Compile`] |
+//! | see what stands between guests and this system | [`doctor`] |
 //!
 //! # The map
 //!
@@ -19,13 +20,13 @@
 //!   main, cli, report                the command: parse, run one mode, print, exit
 //!        │
 //!   mode/                            one file or folder per mode; no mode knows another
-//!     run  compile  inspect  cluster/{builder; dispatch, pool, lines; server, serve}
+//!     run  compile  inspect  doctor  cluster/{builder; dispatch, pool, lines; server, serve}
 //!        │                    │
 //!        │        supervisor/{slot, restart, worker}     slots of workers: start, watch, drain, replace
 //!        │                    │
 //!        │        process/{wire, page, port, child, jail, filter}    one child process: frames, counters, walls, its end
 //!        │                    ┊  (a socket pair)
-//!        │        child/{worker, http/, command, compiler, pulse, output}    what such a process does
+//!        │        child/{worker, http/, command, compiler, trial, pulse, output}    what such a process does
 //!        │                    │
 //!   sandbox/{guest, inspect, precheck, code, cache, engine, host/, instance, stdio}    the engine, and nothing else
 //!        │                                                                             knows it
@@ -65,7 +66,8 @@
 //!   comes out.
 //! - Modes tell what happens as [`event`]s and do not print; `report` in the command is the only code that does.
 //! - `unsafe` is in `sandbox/code.rs` (mapping machine code), `process/page.rs` (shared counters), `process/child.rs` (the
-//!   inherited socket and descriptors) and `child/http/accept.rs` (the inherited listener).
+//!   inherited socket and descriptors), `child/http/accept.rs` (the inherited listener) and `child/trial.rs` (system calls
+//!   that no guest should be able to make).
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("wrun runs on Linux only: its workers are made of memfds, pidfds and seals");

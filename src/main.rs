@@ -9,6 +9,7 @@ use clap::Parser;
 use wrun::{
     Compile, Error, Run, Shape,
     cluster::{End, lines, serve},
+    doctor::Checkup,
     event::Event,
     limits::Bytes,
     outcome::Outcome,
@@ -32,6 +33,10 @@ fn main() -> ExitCode {
             0
         }),
         Command::Compile(args) => compile(&args),
+        Command::Doctor(args) => Checkup::run().map(|found| {
+            report::checkup(&found, args.json);
+            if found.jail { 0 } else { wrun::ExitCode::Cannot as u8 }
+        }),
     };
     ExitCode::from(done.unwrap_or_else(|error| {
         printer.error(&error);

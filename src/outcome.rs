@@ -194,7 +194,7 @@ impl fmt::Display for Outcome {
 }
 
 /// The name of the signals that a worker is likely to die of.
-fn signal_name(signal: i32) -> Option<&'static str> {
+pub(crate) fn signal_name(signal: i32) -> Option<&'static str> {
     use rustix::process::Signal;
     let signal = Signal::from_named_raw(signal)?;
     Some(match signal {

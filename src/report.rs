@@ -17,6 +17,7 @@ use serde::Serialize;
 use serde_json::json;
 use wrun::{
     Error, Report,
+    doctor::{Checkup, Guard, Verdict},
     event::{AccessRecord, Event, Stream, WorkerId},
     limits::Bytes,
     outcome::{End, Outcome},
@@ -290,6 +291,42 @@ pub(crate) fn inspection(report: &Report, as_json: bool) {
     for refused in &report.refused {
         let _ = writeln!(text, "refused   {}: {}", Clean(&refused.import), refused.hint);
     }
+    print(&text);
+}
+
+/// What stands between guests and this system.
+pub(crate) fn checkup(found: &Checkup, as_json: bool) {
+    if as_json {
+        print(&(serde_json::to_string(found).expect("plain data has a JSON form") + "\n"));
+        return;
+    }
+    let mut text = format!("kernel {}\n", Clean(&found.kernel));
+    let mut guard = None;
+    let mut checks: Vec<_> = found.checks.iter().collect();
+    checks.sort_by_key(|check| check.guard as u8);
+    for check in checks {
+        if guard.replace(check.guard) != Some(check.guard) {
+            let title = match check.guard {
+                Guard::Landlock => "Landlock alone: files, ports, signals",
+                Guard::Seccomp => "seccomp alone: the list of system calls",
+                Guard::Privileges => "no privileges",
+                Guard::Limits => "limits of a process",
+                Guard::Start => "how a process is started",
+            };
+            let _ = writeln!(text, "\n{title}");
+        }
+        let verdict = match check.verdict {
+            Verdict::Held => "held    ",
+            Verdict::Failed => "FAILED  ",
+            Verdict::Unproven => "unproven",
+        };
+        let _ = writeln!(text, "  {verdict}  {:<42} {}", check.what, Clean(&check.found));
+    }
+    let _ = match (&found.missing, found.jail) {
+        (Some(missing), _) => writeln!(text, "\nmissing: {}; `--isolation jail` runs nothing here", Clean(missing)),
+        (None, false) => writeln!(text, "\nnot every wall holds; `--isolation jail` should not be relied on here"),
+        (None, true) => writeln!(text, "\nevery wall is up"),
+    };
     print(&text);
 }
 

@@ -149,7 +149,7 @@ impl Compiler {
             accepts: false,
             makes_code: true,
             bounds: Bounds { cpu: Some(time), files: DESCRIPTORS, file_size: memory, data: memory },
-            without: None,
+            without: vec![],
         }
     }
 

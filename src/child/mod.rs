@@ -5,12 +5,14 @@ mod compiler;
 mod http;
 mod output;
 mod pulse;
+mod trial;
 mod worker;
 
 pub(crate) use self::{
     command::CommandConfig,
     compiler::Compiler,
     http::ListenConfig,
+    trial::{Scene, Trial, Tried, attempt_aside, live_on},
     worker::{WorkerConfig, jail_of},
 };
 use crate::{
@@ -43,6 +45,7 @@ pub fn init() {
             Role::Worker => worker::main(start),
             Role::Command => command::main(start),
             Role::Compiler => compiler::main(start),
+            Role::Trial => trial::main(start),
         },
         // nobody listens: whoever started this is gone, or is no primary
         Err(_) => 125,

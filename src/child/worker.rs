@@ -111,7 +111,7 @@ pub(crate) fn jail_of(
             file_size: limits.file_size,
             data: Bytes(data),
         },
-        without: None,
+        without: vec![],
     }
 }
 

@@ -57,6 +57,7 @@ pub(crate) enum Command {
     Cluster(Box<ClusterArgs>),
     Inspect(InspectArgs),
     Compile(CompileArgs),
+    Doctor(DoctorArgs),
 }
 
 /// Run one command guest in the foreground
@@ -127,6 +128,18 @@ pub(crate) struct CompileArgs {
     pub(crate) cache: CacheArgs,
     #[command(flatten)]
     pub(crate) limits: CompileLimitArgs,
+}
+
+/// Say which walls stand between a guest and this system, and prove each
+///
+/// Native code in a worker's place tries what no guest should be able to do, with one wall left standing at a time.
+/// Exits with 125 when `--isolation jail` would refuse to run anything here.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  wrun doctor --json")]
+pub(crate) struct DoctorArgs {
+    /// As one JSON object
+    #[arg(long, help_heading = "Output")]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -2,6 +2,7 @@
 
 pub mod cluster;
 mod compile;
+pub mod doctor;
 mod inspect;
 mod run;
 

@@ -45,9 +45,8 @@ pub(crate) struct Jail {
     pub(crate) makes_code: bool,
     /// What it may spend.
     pub(crate) bounds: Bounds,
-    /// A wall that is left out, so that the others can be seen to hold alone; in no child that gets a guest.
-    #[serde(default)]
-    pub(crate) without: Option<Wall>,
+    /// Walls that are left out, so that the others can be seen to hold alone; none for a child that gets a guest.
+    pub(crate) without: Vec<Wall>,
 }
 
 /// What a process may spend. The system ends it, or refuses it more.
@@ -71,6 +70,8 @@ pub(crate) enum Wall {
     Landlock,
     /// The list of system calls, by seccomp.
     Seccomp,
+    /// That root is a name only. Nobody lacks it.
+    Privileges,
 }
 
 /// The walls that are not up, each with why.
@@ -126,15 +127,17 @@ impl Jail {
         let prepared = prepare();
 
         // Root is a name only. Before the filter, which would refuse it.
-        self.drop_capabilities();
+        if !self.without.contains(&Wall::Privileges) {
+            self.drop_capabilities();
+        }
         // Landlock before seccomp, whose list has no place for Landlock's calls.
-        if self.without != Some(Wall::Landlock)
+        if !self.without.contains(&Wall::Landlock)
             && let Err(reason) = self.restrict_files()
         {
             missing.0.push((Wall::Landlock, reason));
         }
         // Last: from here on only what a worker needs.
-        if self.without != Some(Wall::Seccomp)
+        if !self.without.contains(&Wall::Seccomp)
             && let Err(reason) = self.filter().load()
         {
             missing.0.push((Wall::Seccomp, reason));

@@ -29,8 +29,9 @@ use std::{
 };
 
 use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
     net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sockopt},
-    process::Signal,
+    process::{Pid, PidfdFlags, Signal, WaitOptions},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -39,7 +40,7 @@ use tokio::{io::AsyncReadExt, net::UnixStream, process::Child, runtime::Runtime}
 pub use self::jail::Isolation;
 use self::wire::{Frame, Incoming, Kind, Outgoing, VERSION, WireError};
 pub(crate) use self::{
-    jail::{Bounds, Jail},
+    jail::{Bounds, Jail, Wall},
     page::{Board, Page},
 };
 use crate::{Error, outcome::End};
@@ -78,6 +79,8 @@ pub(crate) enum Role {
     Command,
     /// It compiles a guest.
     Compiler,
+    /// It tries what no guest should be able to do.
+    Trial,
 }
 
 /// The program that children are made of.
@@ -237,6 +240,13 @@ impl Process {
         let _ = self.child.start_kill();
     }
 
+    /// Lets go of it without ending it. Our end of its socket stays open.
+    pub(crate) fn into_orphan(self) -> Orphan {
+        let pid = Pid::from_raw(self.pid.cast_signed()).expect("a process has a number");
+        std::mem::forget(self);
+        Orphan(pid)
+    }
+
     /// Hands every frame to `take` until the process is gone; one that is not within this time is killed. How it ended,
     /// and whether it was out of time.
     pub(crate) async fn finish(mut self, within: Option<Duration>, mut take: impl FnMut(Frame<'_>)) -> (End, bool) {
@@ -318,6 +328,28 @@ impl Process {
         Poll::Ready(Seen::Gone(match status.as_ref().ok().and_then(ExitStatus::code) {
             Some(code) => End::Exited { code },
             None => End::Killed { signal: signal() },
+        }))
+    }
+}
+
+/// A child whose thread is gone, as seen by the rest of its process: all that is left of it is its end.
+pub(crate) struct Orphan(Pid);
+
+impl Orphan {
+    /// How it ended, if it does within this time. It is killed otherwise.
+    ///
+    /// # Errors
+    /// When the system has no descriptor left to wait with.
+    pub(crate) fn ended_within(self, time: Duration) -> io::Result<Option<End>> {
+        let ends = rustix::process::pidfd_open(self.0, PidfdFlags::empty())?;
+        let time = Timespec::try_from(time).ok();
+        let ended = poll(&mut [PollFd::new(&ends, PollFlags::IN)], time.as_ref())? == 1;
+        // a second time is no harm
+        rustix::process::kill_process(self.0, Signal::KILL)?;
+        let status = rustix::process::waitpid(Some(self.0), WaitOptions::empty())?.map(|(_, status)| status);
+        Ok(status.filter(|_| ended).map(|status| match status.exit_status() {
+            Some(code) => End::Exited { code },
+            None => End::Killed { signal: status.terminating_signal().unwrap_or(Signal::KILL.as_raw()) },
         }))
     }
 }
