@@ -168,7 +168,7 @@ pub(crate) struct LimitArgs {
     /// The most files that one instance may hold open; not with `--isolation thread`
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     open_files: u32,
-    /// The largest file that it may write; not with `--isolation thread`
+    /// The largest file that it may write, one that its output is sent to included; not with `--isolation thread`
     #[arg(long, value_name = "SIZE", default_value = "1GiB")]
     file_size: Bytes,
 }

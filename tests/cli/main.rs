@@ -20,6 +20,7 @@ mod http_handlers;
 mod http_limits;
 mod http_supervision;
 mod inspect;
+mod jail;
 mod limits;
 mod load;
 mod readme;

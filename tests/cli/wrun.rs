@@ -40,6 +40,7 @@ use rustix::{
     fs::OFlags,
     process::{Pid, PidfdFlags, Signal},
 };
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -71,6 +72,7 @@ impl Folder {
             env: vec![("XDG_CACHE_HOME".into(), shared_cache().into())],
             redirections: vec![],
             open_files: None,
+            unknown_calls: vec![],
             stdin: Input::Null,
             stdout: None,
         }
@@ -147,6 +149,7 @@ pub(crate) struct Wrun {
     env: Vec<(OsString, OsString)>,
     redirections: Vec<&'static str>,
     open_files: Option<u32>,
+    unknown_calls: Vec<i64>,
     stdin: Input,
     stdout: Option<File>,
 }
@@ -212,6 +215,12 @@ impl Wrun {
         self
     }
 
+    /// The kernel answers these system calls as one that does not have them.
+    pub(crate) fn on_a_kernel_without(mut self, calls: &[i64]) -> Self {
+        self.unknown_calls = calls.to_vec();
+        self
+    }
+
     /// Runs it to its end.
     #[track_caller]
     pub(crate) fn run(self) -> Finished {
@@ -236,7 +245,21 @@ impl Wrun {
             Input::Bytes(_) | Input::Open => Stdio::piped(),
         });
         command.stdout(self.stdout.map_or_else(Stdio::piped, Stdio::from)).stderr(Stdio::piped());
-        let mut child = command.spawn().expect("the program starts");
+        let unknown = self.unknown_calls;
+        let mut child = if unknown.is_empty() {
+            command.spawn().expect("the program starts")
+        } else {
+            // the filter is this thread's, and of all that it starts
+            let spawn = move || {
+                let rules = unknown.into_iter().map(|call| (call, vec![])).collect();
+                let unknown = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
+                let arch = std::env::consts::ARCH.try_into().expect("a known architecture");
+                let filter = SeccompFilter::new(rules, SeccompAction::Allow, unknown, arch).expect("a filter");
+                seccompiler::apply_filter(&BpfProgram::try_from(filter).expect("a filter")).expect("seccomp");
+                command.spawn().expect("the program starts")
+            };
+            std::thread::spawn(spawn).join().expect("the thread ends")
+        };
 
         let pid = Pid::from_child(&child);
         let stdin = child.stdin.take().inspect(|pipe| do_not_block(pipe));

@@ -21,6 +21,11 @@ usage: hostile-command ACT
   read-stdin         waits for the end of stdin and prints how many bytes came
   read PATH          prints a file
   write PATH TEXT    writes a file
+  open PATH TIMES    holds a file open so many times
+  fill PATH BYTES    writes a file of so many bytes
+  rename FROM TO     gives a file another name
+  link FROM TO       gives a file a second name
+  hunt PATH TIMES    reads a file so many times and prints each text that it finds, once
   ls PATH            prints the names in a directory, sorted
   stderr TEXT        prints to stderr";
 
@@ -35,7 +40,11 @@ fn main() -> ExitCode {
     match perform(&args) {
         Some(Ok(())) => ExitCode::SUCCESS,
         Some(Err(error)) => {
-            eprintln!("{}", error.kind());
+            match error.kind().to_string() {
+                // what std has no kind for has a text
+                kind if kind == "uncategorized error" => eprintln!("{error}"),
+                kind => eprintln!("{kind}"),
+            }
             ExitCode::FAILURE
         }
         None => {
@@ -70,6 +79,11 @@ fn perform(args: &[&str]) -> Option<io::Result<()>> {
         ["read-stdin"] => read_stdin(),
         ["read", path] => fs::read(path).and_then(|bytes| print(&bytes)),
         ["write", path, text] => fs::write(path, text),
+        ["open", path, times] => open(path, times.parse().ok()?),
+        ["fill", path, bytes] => fill(path, bytes.parse().ok()?),
+        ["rename", from, to] => fs::rename(from, to),
+        ["link", from, to] => fs::hard_link(from, to),
+        ["hunt", path, times] => hunt(path, times.parse().ok()?),
         ["ls", path] => ls(path),
         ["stderr", text] => writeln!(io::stderr(), "{text}"),
         _ => return None,
@@ -121,6 +135,30 @@ fn flood(mut bytes: u64) -> io::Result<()> {
 fn read_stdin() -> io::Result<()> {
     let bytes = io::copy(&mut io::stdin().lock(), &mut io::sink())?;
     print(format!("{bytes}\n").as_bytes())
+}
+
+fn open(path: &str, times: usize) -> io::Result<()> {
+    let files = (0..times).map(|_| fs::File::open(path)).collect::<io::Result<Vec<_>>>()?;
+    print(format!("{}\n", files.len()).as_bytes())
+}
+
+fn fill(path: &str, mut bytes: usize) -> io::Result<()> {
+    let chunk = vec![b'x'; 64 << 10];
+    let mut file = fs::File::create(path)?;
+    while bytes > 0 {
+        let length = bytes.min(chunk.len());
+        file.write_all(&chunk[..length])?;
+        bytes -= length;
+    }
+    Ok(())
+}
+
+/// Errors are no news here: somebody else moves what is read.
+fn hunt(path: &str, times: usize) -> io::Result<()> {
+    let mut found: Vec<_> = (0..times).filter_map(|_| fs::read_to_string(path).ok()).collect();
+    found.sort();
+    found.dedup();
+    print(found.concat().as_bytes())
 }
 
 fn ls(path: &str) -> io::Result<()> {
