@@ -19,7 +19,7 @@ use crate::{
     outcome::{End, Outcome, Stage, Usage},
     process::{
         Bounds, Isolation, Jail, Process, Program, Role,
-        child::{Out, Start},
+        child::{Out, Start, report_panics},
         wire::{Frame, Kind},
     },
     sandbox::{Cache, Code, EngineSpec, Guest, Inspection, LoadError, Source, binary, check, compile},
@@ -43,6 +43,7 @@ const DESCRIPTORS: u64 = 16;
 pub(super) fn main(start: Start) -> i32 {
     // lives as long as the process
     let out: &'static Out = Box::leak(Box::new(Out::new(start.socket)));
+    report_panics(out);
     let result = serde_json::from_str::<CompilerConfig>(start.hello.config.get())
         .map_err(|error| LoadError::Invalid { reason: error.to_string() })
         .and_then(|config| {
@@ -56,6 +57,10 @@ pub(super) fn main(start: Start) -> i32 {
                 engine.map_err(|error| LoadError::Invalid { reason: error.to_string() })
             })?;
             exit_with_primary(out).map_err(unreadable)?;
+            // now, as long as there is memory for their stacks: the engine panics when there is none
+            rayon::ThreadPoolBuilder::new()
+                .build_global()
+                .map_err(|_| LoadError::CompileMemory { limit: config.limits.memory })?;
 
             let mut bytes = Vec::new();
             guest.seek(SeekFrom::Start(0)).and_then(|_| guest.read_to_end(&mut bytes)).map_err(unreadable)?;
@@ -167,10 +172,11 @@ impl Compiler {
         let child = Process::start(&self.program, Role::Compiler, &config, &fds, body_max)
             .map_err(Error::io("start a compiler"))?;
         tracing::debug!("{} `{}`", if engine.is_some() { "compiling" } else { "inspecting" }, guest.name);
-        let (mut ready, mut said) = (None, None);
+        let (mut ready, mut said, mut panicked) = (None, None, None);
         let take = |frame: Frame<'_>| match frame.kind {
             Kind::Ready => ready = Some(frame.body.to_vec()),
             Kind::Ended => said = serde_json::from_slice::<Outcome>(frame.body).ok(),
+            Kind::Panic => panicked = Some(String::from_utf8_lossy(frame.body).into_owned()),
             Kind::Walls => tracing::debug!("compiling: {}", String::from_utf8_lossy(frame.body)),
             _ => {}
         };
@@ -178,31 +184,31 @@ impl Compiler {
         match (said.map(|outcome| outcome.end), ready) {
             (Some(End::Failed { stage, reason, hint }), _) => Err(LoadError::Reported { stage, reason, hint }.into()),
             (_, Some(said)) => Ok((said, output)),
-            _ => Err(self.gave_up(&end, out_of_time).into()),
+            _ => Err(self.gave_up(&end, out_of_time, panicked).into()),
         }
     }
 
     /// Why a child is gone that has said nothing.
-    fn gave_up(&self, end: &End, out_of_time: bool) -> LoadError {
+    fn gave_up(&self, end: &End, out_of_time: bool, panicked: Option<String>) -> LoadError {
         let CompileLimits { time, memory, .. } = self.limits;
         let signal = match end {
             End::Killed { signal } => Signal::from_named_raw(*signal),
             _ => None,
         };
-        let (reason, flag) = match signal {
-            _ if out_of_time => (format!("it took longer than {time:?} to compile (--compile-time)"), Some("time")),
-            Some(Signal::XCPU) => {
-                (format!("it took more than {time:?} of CPU time to compile (--compile-time)"), Some("time"))
-            }
-            // what an allocation ends with that fails; the engine's compiler has no other reason
-            Some(Signal::ABORT) => {
-                (format!("it took more than {memory} of memory to compile (--compile-memory)"), Some("memory"))
-            }
-            _ => (format!("its compiler {end}"), None),
+        if out_of_time {
+            return LoadError::CompileTime { limit: time };
+        }
+        let reason = match signal {
+            Some(Signal::XCPU) => return LoadError::CompileTime { limit: time },
+            // what a failed allocation ends with, and nothing else here
+            Some(Signal::ABORT) => return LoadError::CompileMemory { limit: memory },
+            Some(_) => format!("its compiler was {end}"),
+            None => match panicked {
+                Some(panicked) => format!("its compiler panicked: {panicked}"),
+                None => format!("its compiler {end}"),
+            },
         };
-        let hint = flag
-            .map(|flag| format!("few programs are like that; if this one shall be compiled, raise `--compile-{flag}`"));
-        LoadError::Reported { stage: Stage::Compile, reason, hint }
+        LoadError::Reported { stage: Stage::Compile, reason, hint: None }
     }
 }
 

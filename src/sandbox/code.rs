@@ -21,7 +21,7 @@ use std::{
 };
 
 use sha2::{Digest, Sha256};
-use wasmtime::{Engine, Module, component::Component};
+use wasmtime::{Engine, Module, component::Component, error::OutOfMemory};
 
 use crate::{
     limits::CompileLimits,
@@ -61,7 +61,10 @@ pub(crate) fn compile(engine: &Engine, bytes: Vec<u8>, limits: &CompileLimits) -
         Form::Component => engine.precompile_component(&wasm),
         Form::Module => engine.precompile_module(&wasm),
     };
-    let mut packed = compiled.map_err(|error| LoadError::Invalid { reason: guest::one_line(&format!("{error:#}")) })?;
+    let mut packed = compiled.map_err(|error| match error.downcast_ref::<OutOfMemory>() {
+        Some(_) => LoadError::CompileMemory { limit: limits.memory },
+        None => LoadError::Invalid { reason: guest::one_line(&format!("{error:#}")) },
+    })?;
     let meta = serde_json::to_vec(&inspection).expect("plain data has a JSON form");
     packed.extend_from_slice(&meta);
     packed.extend_from_slice(&u32::try_from(meta.len()).expect("bounded by the guest's size").to_le_bytes());

@@ -17,7 +17,7 @@ mod instance;
 mod precheck;
 mod stdio;
 
-use std::{io, path::PathBuf, sync::Arc};
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use wasmtime::{Engine, component, component::Linker};
 
@@ -103,6 +103,18 @@ pub enum LoadError {
         /// The flag that sets this limit, without `--compile-`.
         flag: &'static str,
     },
+    /// Compiling it took more memory than it may.
+    #[error("it took more than {limit} of memory to compile (--compile-memory)")]
+    CompileMemory {
+        /// The limit.
+        limit: Bytes,
+    },
+    /// Compiling it took longer than it may.
+    #[error("it took more than {limit:?} to compile (--compile-time)")]
+    CompileTime {
+        /// The limit.
+        limit: Duration,
+    },
     /// It imports what wrun does not offer.
     #[error("it imports `{import}`, which wrun does not offer")]
     UnknownImport {
@@ -154,6 +166,9 @@ pub enum LoadError {
     Grant(#[from] GrantError),
 }
 
+/// How a hint begins that a limit can be raised.
+const FEW_PROGRAMS: &str = "few programs are like that; if this one shall be compiled";
+
 fn with_article(shape: Shape) -> String {
     format!("{} {shape} guest", if shape == Shape::Http { "an" } else { "a" })
 }
@@ -189,8 +204,10 @@ impl LoadError {
             }
             Self::NeedsMemory { needs, .. } => format!("give it more: `--memory {needs}` or above"),
             Self::TooComplex { found, flag, .. } => {
-                format!("few programs are like that; if this one shall be compiled: `--compile-{flag} {found}`")
+                format!("{FEW_PROGRAMS}: `--compile-{flag} {found}`")
             }
+            Self::CompileMemory { .. } => FEW_PROGRAMS.to_owned() + ", raise `--compile-memory`",
+            Self::CompileTime { .. } => FEW_PROGRAMS.to_owned() + ", raise `--compile-time`",
             Self::Reported { hint, .. } => return hint.clone(),
             _ => return None,
         })
@@ -202,9 +219,12 @@ impl LoadError {
             Self::NotFound { .. } | Self::Unreadable { .. } | Self::NotAFile { .. } | Self::TooLarge { .. } => {
                 Stage::Load
             }
-            Self::NotWasm { .. } | Self::Invalid { .. } | Self::TooComplex { .. } | Self::Precompiled { .. } => {
-                Stage::Compile
-            }
+            Self::NotWasm { .. }
+            | Self::Invalid { .. }
+            | Self::TooComplex { .. }
+            | Self::CompileMemory { .. }
+            | Self::CompileTime { .. }
+            | Self::Precompiled { .. } => Stage::Compile,
             Self::UnknownImport { .. } | Self::Mismatch { .. } | Self::WrongShape { .. } => Stage::Link,
             Self::Grant(_) | Self::NeedsMemory { .. } => Stage::Start,
             Self::Reported { stage, .. } => *stage,

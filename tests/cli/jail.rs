@@ -27,7 +27,7 @@ fn proc(pid: Pid, file: &str) -> String {
 
 /// Sees that a process is in a jail.
 #[track_caller]
-fn is_jailed(pid: Pid) {
+pub(super) fn is_jailed(pid: Pid) {
     let status = proc(pid, "status");
     let field = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name)).expect(name);
