@@ -16,7 +16,7 @@ use wasmtime::{
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 use wrun::{cluster::Answer, event::Event, message::Message};
 
-use crate::harness::{Node, Probe, WRUN, cache_dir, compare, pool, time, with_pool};
+use crate::harness::{Node, Probe, WRUN, cache_dir, compare, on_a_thread, pool, time, with_pool, without_walls};
 
 pub(crate) fn run() {
     commands();
@@ -107,6 +107,15 @@ fn workers() {
         probes.push(("Node, `fork`", Box::new(|| node.ask("fork") / 1e3)));
     }
     compare("start to first message", "ms", 15, probes);
+    compare(
+        "start to first message",
+        "ms",
+        51,
+        vec![
+            ("in the jail", Box::new(|| on_a_thread(first_reply))),
+            ("without Landlock and seccomp", Box::new(|| without_walls(first_reply))),
+        ],
+    );
 
     // what the pool's users feel: from the kill to the moment when a new worker takes tasks
     let replaced = || {

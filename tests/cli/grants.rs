@@ -196,6 +196,19 @@ fn a_link_that_is_swapped_in_leads_nowhere() {
 }
 
 #[test]
+fn a_guest_reaches_no_port() {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    port.set_nonblocking(true).unwrap();
+    let address = port.local_addr().unwrap().to_string();
+    for way in WAYS {
+        // a module has no sockets at all
+        let error = if way.0 == HOSTILE_COMMAND { "permission denied\n" } else { "unsupported\n" };
+        run(&Folder::new(), way).args(["--", "connect", &address]).run().code(1).stdout("").stderr(error);
+        assert_eq!(port.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    }
+}
+
+#[test]
 fn a_jailed_guest_has_so_many_files_open_and_no_more() {
     for guest in [HOSTILE_COMMAND, HOSTILE_COMMAND_P1] {
         let folder = folder();

@@ -53,7 +53,7 @@ fn every_process_with_a_guest_is_in_a_jail() {
     // a pool fed lines
     let mut lines = wrun(["cluster", ECHO, "-w", "2", "--log-format", "json"]).stdin_open().spawn();
     let workers = [(); 2].map(|()| pid(&event(&mut lines, "online")["pid"]));
-    workers.map(is_jailed);
+    workers.into_iter().for_each(is_jailed);
     lines.close_stdin();
     lines.wait().code(0);
 

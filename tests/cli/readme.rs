@@ -1,4 +1,4 @@
-//! The README's examples: what they promise is what they print.
+//! What the documents promise: the README's examples print what they say, and each promise of SECURITY.md has a test.
 
 use std::{fs, path::Path, process::Command};
 
@@ -80,4 +80,27 @@ fn the_readmes_examples_print_what_they_say() {
             lines.len() == expected.len() && lines.iter().zip(&expected).all(|(line, promise)| fits(line, promise));
         assert!(all_fit, "$ {command}\nis promised to print\n{}\nand prints\n{text}", expected.join("\n"));
     }
+}
+
+#[test]
+fn every_promise_of_security_names_tests_that_there_are() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = fs::read_to_string(root.join("SECURITY.md")).unwrap();
+    let (_, promises) = text.split_once("\n## Promises\n").unwrap();
+    let (promises, _) = promises.split_once("\n## ").unwrap();
+    let mut count = 0;
+    for promise in promises.lines().filter(|line| line.starts_with("- ")) {
+        let (_, tests) = promise.rsplit_once(". [").unwrap_or_else(|| panic!("no test: {promise}"));
+        for test in tests.trim_end_matches(']').split(", ") {
+            let test = test.trim_matches('`');
+            let (file, name) = match test.split_once("::") {
+                Some((module, name)) => (format!("tests/cli/{module}.rs"), name),
+                None => ("tests/library.rs".to_owned(), test),
+            };
+            let source = fs::read_to_string(root.join(&file)).unwrap_or_else(|error| panic!("{test}: {file}: {error}"));
+            assert!(source.contains(&format!("#[test]\nfn {name}()")), "there is no test {test}");
+            count += 1;
+        }
+    }
+    assert!(count >= 50, "{count} tests were named");
 }

@@ -17,7 +17,7 @@ use self::{
     load::{Figures, Load},
     peers::Server,
 };
-use crate::harness::spread;
+use crate::harness::{spread, without_walls};
 
 const ROUNDS: usize = 5;
 
@@ -25,6 +25,7 @@ pub(crate) fn run() {
     for workers in [1, 2] {
         hello(workers);
     }
+    walls();
     beside_wasmtime();
     handlers();
     kills();
@@ -47,6 +48,19 @@ fn hello(workers: u32) {
             ("wrun, instances reused", Some(Server::wrun(HELLO_HTTP, workers, &["--instance", "worker"])), get),
             ("bare hyper", Some(Server::hyper(workers)), get),
             ("Node, `cluster`", Server::node(workers), get),
+        ],
+    );
+}
+
+/// What requests pay for the jail.
+fn walls() {
+    let start = || Server::wrun(HELLO_HTTP, 2, &[]);
+    compare(
+        "hello, 64 connections, 2 workers, a fresh instance each",
+        vec![
+            ("in the jail", Some(start()), get),
+            ("in the jail, another pool", Some(start()), get),
+            ("without Landlock and seccomp", Some(without_walls(start)), get),
         ],
     );
 }

@@ -2,6 +2,7 @@
 
 use std::hint::black_box;
 use std::io::{self, Write};
+use std::net::TcpStream;
 use std::process::{self, ExitCode};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -23,6 +24,7 @@ usage: hostile-command ACT
   write PATH TEXT    writes a file
   open PATH TIMES    holds a file open so many times
   fill PATH BYTES    writes a file of so many bytes
+  connect ADDRESS    connects to a port
   rename FROM TO     gives a file another name
   link FROM TO       gives a file a second name
   hunt PATH TIMES    reads a file so many times and prints each text that it finds, once
@@ -81,6 +83,7 @@ fn perform(args: &[&str]) -> Option<io::Result<()>> {
         ["write", path, text] => fs::write(path, text),
         ["open", path, times] => open(path, times.parse().ok()?),
         ["fill", path, bytes] => fill(path, bytes.parse().ok()?),
+        ["connect", address] => TcpStream::connect(address).map(drop),
         ["rename", from, to] => fs::rename(from, to),
         ["link", from, to] => fs::hard_link(from, to),
         ["hunt", path, times] => hunt(path, times.parse().ok()?),
