@@ -9,7 +9,7 @@ use crate::{
     client::Server,
     jail::is_jailed,
     supervision::{children, event, gone},
-    wrun::{Folder, Wrun, wrun},
+    wrun::{Folder, Wrun},
 };
 
 /// A number as WebAssembly writes it.
@@ -82,10 +82,11 @@ fn what_is_at_a_limit_is_compiled_and_what_is_beyond_is_named() {
             "function 0 has 10001 local variables, more than the 10000 that are compiled (--compile-locals)",
         ),
         (
-            "--compile-nesting=50",
-            nested(50),
-            nested(51),
-            "function 0 has 51 blocks in each other, more than the 50 that are compiled (--compile-nesting)",
+            // the default, too: no stack overflows at it
+            "--compile-nesting=10000",
+            nested(10_000),
+            nested(10_001),
+            "function 0 has 10001 blocks in each other, more than the 10000 that are compiled (--compile-nesting)",
         ),
         (
             "--compile-body=1KiB",
@@ -95,15 +96,16 @@ fn what_is_at_a_limit_is_compiled_and_what_is_beyond_is_named() {
         ),
     ] {
         let folder = Folder::new().file("at.wasm", at).file("beyond.wasm", beyond);
-        folder.wrun(["run", flag, "at.wasm"]).run().code(0).stderr("");
-        let refused = folder.wrun(["run", flag, "beyond.wasm"]).run().code(126);
+        folder.wrun(["run", flag, "at.wasm"]).private_cache().run().code(0).stderr("");
+        let refused = folder.wrun(["run", flag, "beyond.wasm"]).private_cache().run().code(126);
         let (name, _) = flag.split_once('=').unwrap();
         refused.stderr_has(&format!(
             "wrun: error: {error}\nhint: few programs are like that; if this one shall be compiled: `{name} "
         ));
-        // and it can be compiled when it shall be
-        folder.wrun(["run", "beyond.wasm"]).args(TOO_MUCH).run().code(0).stderr("");
         folder.wrun(["compile", "beyond.wasm", flag]).private_cache().run().code(126);
+        // it can be compiled when it shall be, and is then like any other
+        folder.wrun(["run", "beyond.wasm"]).args(TOO_MUCH).private_cache().run().code(0).stderr("");
+        folder.wrun(["run", flag, "beyond.wasm"]).private_cache().run().code(0).stderr("");
     }
 }
 
@@ -207,5 +209,5 @@ fn a_program_of_twenty_megabytes_is_compiled_with_the_defaults() {
     // and refused with a little less than it takes
     let little = folder.wrun(["run", "--isolation=jail", "--compile-memory=64MiB", "--no-cache", "large.wasm"]);
     little.run().code(126);
-    wrun(["run", "--compile-functions=39999"]).args([folder.path("large.wasm")]).run().code(126);
+    folder.wrun(["run", "--compile-functions=39999", "--no-cache", "large.wasm"]).run().code(126);
 }

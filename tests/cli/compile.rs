@@ -4,12 +4,13 @@ use std::{
     fs,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
+    process::Command,
     time::{Duration, SystemTime},
 };
 
 use guest_artifacts::{CAT, ECHO, HELLO, HELLO_P1};
 
-use crate::wrun::{Finished, Folder};
+use crate::wrun::{Finished, Folder, WRUN};
 
 /// The cache of [`Wrun::private_cache`](crate::wrun::Wrun::private_cache).
 const CACHE: &str = "cache/wrun";
@@ -270,6 +271,23 @@ fn a_cache_that_cannot_be_made_is_no_obstacle() {
     for cache in ["file", "file/below", "/proc/none"] {
         folder.wrun(["run", "--cache-dir", cache, HELLO]).run().code(0).stdout("Hello, world!\n");
     }
+}
+
+/// In a mount namespace of its own, with a file system that has no room for the code.
+#[test]
+fn a_cache_on_a_full_disk_is_no_obstacle() {
+    let folder = Folder::new().folder("small");
+    let script = "mount -t tmpfs -o size=16k,mode=700 none small && \"$0\" run --cache-dir small \"$1\" && ls -A small";
+    let run = Command::new("unshare")
+        .args(["--mount", "--map-root-user", "sh", "-c", script, WRUN, HELLO])
+        .current_dir(folder.path(""))
+        .output()
+        .expect("unshare is there");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(run.status.success(), "{}", text(&run.stderr));
+    // and nothing that is half there
+    assert_eq!(text(&run.stdout), "Hello, world!\n");
+    assert!(text(&run.stderr).contains("compiled code is not kept"), "{}", text(&run.stderr));
 }
 
 #[test]
