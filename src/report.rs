@@ -312,6 +312,7 @@ pub(crate) fn checkup(found: &Checkup, as_json: bool) {
                 Guard::Privileges => "no privileges",
                 Guard::Limits => "limits of a process",
                 Guard::Start => "how a process is started",
+                Guard::Namespaces => "namespaces of its own, where the system lets it",
             };
             let _ = writeln!(text, "\n{title}");
         }

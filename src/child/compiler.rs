@@ -18,7 +18,7 @@ use crate::{
     limits::{Bytes, CompileLimits},
     outcome::{End, Outcome, Stage, Usage},
     process::{
-        Bounds, Isolation, Jail, Process, Program, Role,
+        Bounds, Isolation, Jail, Process, Program, Purpose, Role,
         child::{Out, Start, report_panics},
         wire::{Frame, Kind},
     },
@@ -151,8 +151,8 @@ impl Compiler {
         Jail {
             required: self.isolation == Isolation::Jail,
             dirs: vec![],
-            accepts: false,
-            makes_code: true,
+            purpose: Purpose::Compiler,
+            namespaces: self.isolation == Isolation::Jail,
             bounds: Bounds { cpu: Some(time), files: DESCRIPTORS, file_size: memory, data: memory },
             without: vec![],
         }

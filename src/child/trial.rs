@@ -10,6 +10,7 @@ use std::{
         unix::net::{SocketAddr as UnixAddr, UnixStream},
     },
     path::PathBuf,
+    task::Poll,
     time::Duration,
 };
 
@@ -22,7 +23,7 @@ use crate::{
     Error,
     outcome::{End, signal_name},
     process::{
-        Jail, Process, Program, Role,
+        Jail, Process, Program, Role, Seen, THREADS,
         child::{Out, Start},
         wire::Kind,
     },
@@ -59,6 +60,7 @@ pub(crate) enum Trial {
     Memory,
     Descriptors,
     FileSize,
+    Threads,
     Cpu,
     /// Nothing: it lives on, for others to look at.
     Live,
@@ -161,12 +163,20 @@ pub(crate) async fn live_on(program: &Program, scene: &Scene, jail: Jail) -> Res
         Process::start(program, Role::Trial, &config, &[], 1 << 16).map_err(Error::io("start a process"))?;
     child.flush();
     let mut ready = false;
-    std::future::poll_fn(|cx| {
-        while !ready && child.poll(cx, |frame| ready |= frame.kind == Kind::Ready).is_ready() {}
-        if ready { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
-    })
-    .await;
-    Ok(child)
+    let gone = std::future::poll_fn(|cx| {
+        loop {
+            match child.poll(cx, |frame| ready |= frame.kind == Kind::Ready) {
+                _ if ready => return Poll::Ready(None),
+                Poll::Ready(Seen::Gone(end)) => return Poll::Ready(Some(end)),
+                Poll::Ready(_) => {}
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+    });
+    match gone.await {
+        None => Ok(child),
+        Some(end) => Err(Error::io("keep a process")(io::Error::other(format!("it {end}")))),
+    }
 }
 
 /// How long a trial may take.
@@ -179,6 +189,7 @@ fn name_of(error: &io::Error) -> String {
         Some(Errno::ACCESS) => "EACCES",
         Some(Errno::NOSYS) => "ENOSYS",
         Some(Errno::NOMEM) => "ENOMEM",
+        Some(Errno::AGAIN) => "EAGAIN",
         Some(Errno::MFILE) => "EMFILE",
         Some(Errno::FBIG) => "EFBIG",
         Some(Errno::XDEV) => "EXDEV",
@@ -212,6 +223,13 @@ fn attempt(trial: Trial, scene: &Scene, jail: &Jail) -> io::Result<()> {
             let mut open = vec![];
             for _ in 0..=jail.bounds.files {
                 open.push(rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)?);
+            }
+            Ok(())
+        }
+        Trial::Threads => {
+            let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+            for _ in 0..=THREADS + cores {
+                std::thread::Builder::new().stack_size(16 << 10).spawn(std::thread::park)?;
             }
             Ok(())
         }

@@ -29,7 +29,7 @@ use crate::{
     message::Message,
     outcome::{End, LimitKind, Outcome, Usage},
     process::{
-        Bounds, Isolation, Jail, Page,
+        Bounds, Isolation, Jail, Page, Purpose,
         child::{Out, Start, report_panics},
         wire::{Incoming, Kind},
     },
@@ -102,8 +102,9 @@ pub(crate) fn jail_of(
     Jail {
         required: isolation == Isolation::Jail,
         dirs: grants.dirs.clone(),
-        accepts: listen.is_some(),
-        makes_code: false,
+        purpose: if listen.is_some() { Purpose::Port } else { Purpose::Guest },
+        // in a granted folder root's files would be nobody's
+        namespaces: isolation == Isolation::Jail && grants.dirs.is_empty(),
         bounds: Bounds {
             // it works as long as there is work; each task has a clock
             cpu: None,

@@ -26,7 +26,7 @@ use crate::{
     grant::DirGrant,
     limits::Bytes,
     outcome::End,
-    process::{Bounds, Jail, Process, Program, Wall, runtime},
+    process::{Bounds, Jail, Process, Program, Purpose, Wall, runtime},
 };
 
 /// What holds a process.
@@ -43,6 +43,8 @@ pub enum Guard {
     Limits,
     /// How it was started.
     Start,
+    /// Users, network and IPC of its own, where the system allows that; no other wall needs it.
+    Namespaces,
 }
 
 /// What was tried or looked at, and how it went.
@@ -83,7 +85,7 @@ pub struct Checkup {
     pub checks: Vec<Check>,
 }
 
-use Guard::{Landlock, Limits, Privileges, Seccomp};
+use Guard::{Landlock, Limits, Namespaces, Privileges, Seccomp};
 
 /// What is tried, in words, and the walls that must each stop it alone.
 const TRIALS: &[(Trial, &str, &[Guard])] = &[
@@ -115,6 +117,7 @@ const TRIALS: &[(Trial, &str, &[Guard])] = &[
     (Trial::Memory, "take more memory than allowed", &[Limits]),
     (Trial::Descriptors, "open more descriptors than allowed", &[Limits]),
     (Trial::FileSize, "write a larger file than allowed", &[Limits]),
+    (Trial::Threads, "start more threads than allowed", &[Namespaces]),
     (Trial::Cpu, "compute for longer than allowed", &[Limits]),
 ];
 
@@ -171,7 +174,7 @@ async fn check(
         Guard::Landlock => Some(Wall::Landlock),
         Guard::Seccomp => Some(Wall::Seccomp),
         Guard::Privileges => Some(Wall::Privileges),
-        Guard::Limits | Guard::Start => None,
+        Guard::Limits | Guard::Start | Guard::Namespaces => None,
     };
     let of = |verdict, found| Ok(Check { what, guard, verdict, found });
     if wall.is_some() {
@@ -191,7 +194,14 @@ async fn check(
         // without a folder nothing is opened at all
         jail.dirs.clear();
     }
+    if guard == Guard::Namespaces {
+        jail.namespaces = true;
+        jail.dirs.clear();
+    }
     match attempt_aside(program, trial, &stage.scene, jail).await? {
+        (Tried::Done, _) if guard == Guard::Namespaces => {
+            of(Verdict::Unproven, "root is not held to it, or this system has none".into())
+        }
         (_, Some(missing)) => of(Verdict::Failed, missing),
         (Tried::Done, _) => of(Verdict::Failed, "it worked".into()),
         (Tried::NotEntered(reason), _) => of(Verdict::Failed, reason),
@@ -204,6 +214,7 @@ async fn look_at_one(program: &Program, stage: &Stage) -> Result<Vec<Check>, Err
     let mut jail = stage.jail(&[]);
     // as most guests have none
     jail.dirs.clear();
+    jail.namespaces = true;
     let child = live_on(program, &stage.scene, jail).await?;
     let proc = |file: &str| Path::new("/proc").join(child.pid().to_string()).join(file);
     let read = |file: &str| fs::read_to_string(proc(file)).unwrap_or_default();
@@ -218,6 +229,8 @@ async fn look_at_one(program: &Program, stage: &Stage) -> Result<Vec<Check>, Err
     let core = limits.lines().find_map(|line| line.strip_prefix("Max core file size")).unwrap_or_default().trim();
     let open = fs::read_dir(proc("fd")).map_or(0, Iterator::count);
     let variables = read("environ").split('\0').filter(|variable| !variable.is_empty()).count();
+    let namespace = |of: &Path| fs::read_link(of.join("ns/net")).ok();
+    let own_network = namespace(&proc("")) != namespace(Path::new("/proc/self"));
     let held = |what, guard, holds, found| {
         let verdict = if holds { Verdict::Held } else { Verdict::Failed };
         Check { what, guard, verdict, found }
@@ -253,6 +266,12 @@ async fn look_at_one(program: &Program, stage: &Stage) -> Result<Vec<Check>, Err
             session == child.pid().to_string() && terminal == "0",
             format!("session {session}, terminal {terminal}"),
         ),
+        Check {
+            what: "has a network of its own, with nobody in it",
+            guard: Namespaces,
+            verdict: if own_network { Verdict::Held } else { Verdict::Unproven },
+            found: if own_network { "another ns/net".into() } else { "this system does not let it".into() },
+        },
         held("inherits no variable", Guard::Start, variables == 0, format!("{variables} variables")),
         held(
             "inherits no descriptor",
@@ -331,8 +350,8 @@ impl Stage {
         Jail {
             required: false,
             dirs: vec![DirGrant { host, guest, read_only: false }],
-            accepts: false,
-            makes_code: false,
+            purpose: Purpose::Guest,
+            namespaces: false,
             bounds: BOUNDS,
             without: without.to_vec(),
         }

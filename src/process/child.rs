@@ -16,6 +16,7 @@ use rustix::{
     io::Errno,
     net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags},
     process::Pid,
+    thread::UnshareFlags,
 };
 
 use crate::process::{
@@ -60,6 +61,13 @@ pub(super) fn close_from(first: libc::c_uint) -> io::Result<()> {
     // that nobody here has opened a descriptor yet.
     let closed = unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, 0) };
     if closed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Leaves the users, the network and the IPC of the system for its own. What is open stays usable.
+pub(super) fn enter_namespaces() -> io::Result<()> {
+    let own = UnshareFlags::NEWUSER | UnshareFlags::NEWNET | UnshareFlags::NEWIPC;
+    // SAFETY: descriptors are not among what is left.
+    Ok(unsafe { rustix::thread::unshare_unsafe(own) }?)
 }
 
 /// Lets a write beyond the largest size of a file fail instead of ending the process.

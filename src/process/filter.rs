@@ -11,15 +11,15 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
 };
 
+use super::jail::Purpose;
+
 /// What a child's calls depend on.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Filter {
     /// What can be done with files, as WASI does it.
     pub(super) files: Files,
-    /// Connections can be accepted.
-    pub(super) accepts: bool,
-    /// Memory can be made executable.
-    pub(super) makes_code: bool,
+    /// What the child is for.
+    pub(super) purpose: Purpose,
 }
 
 /// What can be done with files.
@@ -214,13 +214,14 @@ impl Filter {
         if self.files == Files::Change {
             allow(WRITES);
         }
-        if self.accepts {
+        if self.purpose == Purpose::Port {
             allow(ACCEPTS);
         }
         let executable = libc::PROT_EXEC.cast_unsigned().into();
         for call in [libc::SYS_mmap, libc::SYS_mprotect] {
             // code was mapped before
-            let rules = if self.makes_code { vec![] } else { vec![rule(&[masked(2, executable, 0)])] };
+            let rules =
+                if self.purpose == Purpose::Compiler { vec![] } else { vec![rule(&[masked(2, executable, 0)])] };
             list.insert(call, rules);
         }
         let thread = u64::from(THREAD.cast_unsigned());
@@ -238,7 +239,7 @@ impl Filter {
         list.insert(libc::SYS_ioctl, requests.map(|request| rule(&[equal(1, request)])).into());
         let commands = [libc::F_GETFL, libc::F_SETFL, libc::F_GETFD, libc::F_SETFD, libc::F_DUPFD_CLOEXEC];
         list.insert(libc::SYS_fcntl, commands.map(|command| rule(&[equal(1, command.cast_unsigned().into())])).into());
-        if self.accepts {
+        if self.purpose == Purpose::Port {
             let option = |level: i32, name: i32| {
                 rule(&[equal(1, level.cast_unsigned().into()), equal(2, name.cast_unsigned().into())])
             };

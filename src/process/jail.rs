@@ -39,14 +39,27 @@ pub(crate) struct Jail {
     pub(crate) required: bool,
     /// The folders that it may use.
     pub(crate) dirs: Vec<DirGrant>,
-    /// Whether it takes connections from the listener that it was given.
-    pub(crate) accepts: bool,
-    /// Whether it makes code: a compiler sees that what it made can be linked.
-    pub(crate) makes_code: bool,
+    /// What it is for.
+    pub(crate) purpose: Purpose,
+    /// Whether it leaves the users, the network and the IPC of the system, where that is allowed. No other wall needs it,
+    /// and the kernel takes its time for it.
+    pub(crate) namespaces: bool,
     /// What it may spend.
     pub(crate) bounds: Bounds,
     /// Walls that are left out, so that the others can be seen to hold alone; none for a child that gets a guest.
     pub(crate) without: Vec<Wall>,
+}
+
+/// What a child is for, and what it needs for that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Purpose {
+    /// To run a guest on what it was given.
+    Guest,
+    /// To run one for those who connect to the listener that it was given.
+    Port,
+    /// To compile one: it sees that what it made can be linked, and so makes memory executable.
+    Compiler,
 }
 
 /// What a process may spend. The system ends it, or refuses it more.
@@ -126,6 +139,10 @@ impl Jail {
         // The engine and its code: opened by name, mapped executable. Neither is possible any more afterwards.
         let prepared = prepare();
 
+        // There, nobody has the user's other processes, and so threads can be counted.
+        if self.namespaces && super::child::enter_namespaces().is_ok() {
+            bound_threads();
+        }
         // Root is a name only. Before the filter, which would refuse it.
         if !self.without.contains(&Wall::Privileges) {
             self.drop_capabilities();
@@ -219,11 +236,21 @@ impl Jail {
                 Some(true) => Files::Read,
                 Some(false) => Files::Change,
             },
-            accepts: self.accepts,
-            makes_code: self.makes_code,
+            purpose: self.purpose,
         }
     }
 }
+
+/// Bounds the threads of a user who has one process: more than wrun starts anywhere, and far less than a system has room
+/// for. The kernel does not hold root to it.
+fn bound_threads() {
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+    let bound = Some(THREADS + cores);
+    let _ = setrlimit(Resource::Nproc, Rlimit { current: bound, maximum: bound });
+}
+
+/// Threads that a process may have beside one for each core.
+pub(crate) const THREADS: u64 = 64;
 
 /// What may be done in a granted folder: all that WASI has, and neither run programs nor make devices or sockets.
 fn access_to(dir: &DirGrant) -> BitFlags<AccessFs> {

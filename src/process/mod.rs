@@ -40,7 +40,7 @@ use tokio::{io::AsyncReadExt, net::UnixStream, process::Child, runtime::Runtime}
 pub use self::jail::Isolation;
 use self::wire::{Frame, Incoming, Kind, Outgoing, VERSION, WireError};
 pub(crate) use self::{
-    jail::{Bounds, Jail, Wall},
+    jail::{Bounds, Jail, Purpose, THREADS, Wall},
     page::{Board, Page},
 };
 use crate::{Error, outcome::End};

@@ -14,7 +14,7 @@ use wasmtime::{
     component::{Component, Linker, ResourceTable},
 };
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
-use wrun::{cluster::Answer, event::Event, message::Message};
+use wrun::{Isolation, cluster::Answer, event::Event, message::Message};
 
 use crate::harness::{Node, Probe, WRUN, cache_dir, compare, on_a_thread, pool, time, with_pool, without_walls};
 
@@ -95,14 +95,14 @@ fn engine() {
 
 fn workers() {
     let mut node = Node::start();
-    let first_reply = || {
+    let first_reply = |isolation| {
         let start = Instant::now();
-        with_pool(pool(WHOAMI, 1), |cluster| async move {
+        with_pool(pool(WHOAMI, 1).isolation(isolation), |cluster| async move {
             let Answer::Reply(_) = cluster.request(Message::null()).await.unwrap() else { panic!("no reply") };
             start.elapsed().as_secs_f64() * 1e3
         })
     };
-    let mut probes: Vec<Probe<'_>> = vec![("wrun, a pool of one", Box::new(first_reply))];
+    let mut probes: Vec<Probe<'_>> = vec![("wrun, a pool of one", Box::new(|| first_reply(Isolation::Process)))];
     if let Some(node) = &mut node {
         probes.push(("Node, `fork`", Box::new(|| node.ask("fork") / 1e3)));
     }
@@ -112,8 +112,9 @@ fn workers() {
         "ms",
         51,
         vec![
-            ("in the jail", Box::new(|| on_a_thread(first_reply))),
-            ("without Landlock and seccomp", Box::new(|| without_walls(first_reply))),
+            ("in the jail", Box::new(|| on_a_thread(|| first_reply(Isolation::Process)))),
+            ("with namespaces of its own (`jail`)", Box::new(|| on_a_thread(|| first_reply(Isolation::Jail)))),
+            ("without Landlock and seccomp", Box::new(|| without_walls(|| first_reply(Isolation::Process)))),
         ],
     );
 

@@ -1,7 +1,7 @@
 //! The second wall: what the system lets the process of a guest do. That each part of it holds alone, against native code
 //! in a worker's place, is what `wrun doctor` shows.
 
-use std::{fs, path::Path};
+use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, process::Command};
 
 use guest_artifacts::{ARGS, CAT, ECHO, HELLO, HELLO_HTTP, HOSTILE_COMMAND, HOSTILE_COMMAND_P1};
 use rustix::process::{Pid, Signal};
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::{
     client::Server,
     supervision::{children, event, events, gone, pid},
-    wrun::{Folder, Wrun, wrun},
+    wrun::{Folder, WRUN, Wrun, wrun},
 };
 
 /// The system calls of a kernel that has no Landlock.
@@ -175,6 +175,30 @@ fn the_doctor_proves_every_wall() {
     let text = wrun(["doctor"]).run().code(0).stdout_text();
     assert!(text.ends_with("\nevery wall is up\n"), "{text}");
     assert_eq!(text.matches("  held ").count(), verdicts.iter().filter(|(_, _, verdict)| *verdict == "held").count());
+}
+
+/// Whoever has no rights to give up has the same walls.
+#[test]
+fn the_walls_do_not_need_root() {
+    let folder = Folder::new();
+    fs::set_permissions(folder.path(""), fs::Permissions::from_mode(0o777)).unwrap();
+    let program = folder.path("wrun");
+    fs::copy(WRUN, &program).unwrap();
+    let mut command = if rustix::process::geteuid().is_root() {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(&program);
+        command
+    } else {
+        Command::new(&program)
+    };
+    let done = command.args(["doctor", "--json"]).env_clear().env("TMPDIR", folder.path("")).output().unwrap();
+    let report: Value = serde_json::from_slice(&done.stdout).unwrap();
+    assert_eq!((done.status.code(), &report["jail"]), (Some(0), &json!(true)), "{report}");
+    // a system may keep namespaces from its users; one that does not bounds their threads there
+    let verdicts = verdicts(&report);
+    let namespaces: Vec<_> = verdicts.iter().filter(|(guard, ..)| *guard == "namespaces").collect();
+    assert_eq!(namespaces.len(), 2, "{report}");
+    assert_eq!(namespaces[0].2, namespaces[1].2, "{report}");
 }
 
 #[test]

@@ -85,8 +85,8 @@ fn the_readmes_examples_print_what_they_say() {
 #[test]
 fn every_promise_of_security_names_tests_that_there_are() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let text = fs::read_to_string(root.join("SECURITY.md")).unwrap();
-    let (_, promises) = text.split_once("\n## Promises\n").unwrap();
+    let security = fs::read_to_string(root.join("SECURITY.md")).unwrap();
+    let (_, promises) = security.split_once("\n## Promises\n").unwrap();
     let (promises, _) = promises.split_once("\n## ").unwrap();
     let mut count = 0;
     for promise in promises.lines().filter(|line| line.starts_with("- ")) {
