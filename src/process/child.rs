@@ -60,7 +60,17 @@ pub(super) fn close_from(first: libc::c_uint) -> io::Result<()> {
     // SAFETY: closes what this process was started with and knows nothing of: `init` asks its caller to come first, so
     // that nobody here has opened a descriptor yet.
     let closed = unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, 0) };
-    if closed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if closed == 0 {
+        return Ok(());
+    }
+    // a kernel before Linux 5.9, or one that is told to be like it: one by one
+    let open =
+        std::fs::read_dir("/proc/self/fd")?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    for number in open.collect::<Vec<libc::c_int>>().into_iter().filter(|number| number.cast_unsigned() >= first) {
+        // SAFETY: as above; one of the list is that of the list itself, which is closed by now.
+        unsafe { libc::close(number) };
+    }
+    Ok(())
 }
 
 /// Leaves the users, the network and the IPC of the system for its own. What is open stays usable.

@@ -131,7 +131,7 @@ impl Jail {
 
         // Bounds first, so that they hold for all that follows.
         self.bound();
-        // A process that no other can replace goes first when memory runs out: a worker can.
+        // When the system runs out of memory, workers go first: they can be replaced.
         let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE);
 
         // What is asked of the kernel once and kept: later the question would be refused.
@@ -144,8 +144,10 @@ impl Jail {
             bound_threads();
         }
         // Root is a name only. Before the filter, which would refuse it.
-        if !self.without.contains(&Wall::Privileges) {
-            self.drop_capabilities();
+        if !self.without.contains(&Wall::Privileges)
+            && let Err(error) = self.drop_capabilities()
+        {
+            missing.0.push((Wall::Privileges, format!("what root may do could not be given up: {error}")));
         }
         // Landlock before seccomp, whose list has no place for Landlock's calls.
         if !self.without.contains(&Wall::Landlock)
@@ -186,18 +188,15 @@ impl Jail {
     }
 
     /// Gives up all that root may do, but for what a user may expect of root in a folder that was granted.
-    fn drop_capabilities(&self) {
+    fn drop_capabilities(&self) -> rustix::io::Result<()> {
         let kept = if self.dirs.is_empty() {
             CapabilitySet::empty()
         } else {
             CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH | CapabilitySet::FOWNER | CapabilitySet::CHOWN
         };
-        if let Ok(CapabilitySets { permitted, .. }) = rustix::thread::capabilities(None) {
-            let kept = permitted & kept;
-            let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
-            // giving up is never refused
-            let _ = rustix::thread::set_capabilities(None, sets);
-        }
+        let kept = rustix::thread::capabilities(None)?.permitted & kept;
+        let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
+        rustix::thread::set_capabilities(None, sets)
     }
 
     /// Lets Landlock deny all files but the granted folders, all ports, and signals and abstract sockets of others.
