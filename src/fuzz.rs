@@ -24,7 +24,7 @@ type Read = (Vec<(Kind, u64, Vec<u8>)>, Option<WireError>);
 /// When what is read of them depends on the cuts between reads, is not what was sent, or takes more memory than frames
 /// may.
 pub fn frames(bytes: &[u8]) {
-    for body_max in [0, 64, 64 << 10] {
+    for body_max in [64, 2000] {
         let whole = read_frames(bytes, body_max, CUTS[0]);
         for cuts in &CUTS[1..] {
             assert_eq!(read_frames(bytes, body_max, cuts), whole, "bodies of {body_max}, cuts {cuts:?}");
@@ -192,12 +192,18 @@ mod tests {
 
     use super::*;
 
-    /// Pushes a target's corpus at it.
+    /// How long the names are that a run of the fuzzer gives to what it adds.
+    const HASH: usize = 40;
+
+    /// Pushes a target's corpus at it, as git has it.
     fn corpus(name: &str, target: fn(&[u8])) {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name);
         let mut count = 0;
         for entry in fs::read_dir(&folder).expect("a corpus") {
             let path = entry.expect("an entry").path();
+            if path.file_name().is_some_and(|name| name.len() == HASH) {
+                continue;
+            }
             let bytes = fs::read(&path).expect("a file");
             assert!(catch_unwind(|| target(&bytes)).is_ok(), "it was {}", path.display());
             count += 1;
