@@ -75,6 +75,9 @@ compile_error!("wrun runs on Linux only: its workers are made of memfds, pidfds 
 mod child;
 mod error;
 pub mod event;
+#[cfg(any(fuzzing, test))]
+#[doc(hidden)]
+pub mod fuzz;
 pub mod grant;
 pub mod limits;
 pub mod message;

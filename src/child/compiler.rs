@@ -22,13 +22,13 @@ use crate::{
         child::{Out, Start, report_panics},
         wire::{Frame, Kind},
     },
-    sandbox::{Cache, Code, EngineSpec, Guest, Inspection, LoadError, Source, binary, check, compile},
+    sandbox::{Cache, Code, EngineSpec, Guest, Inspection, LoadError, Shape, Source, binary, check, compile},
 };
 
 /// What a compiler is told.
 #[derive(Debug, Serialize, Deserialize)]
 struct CompilerConfig {
-    /// For which engine; none = it says what the guest is, and no more.
+    /// For which engine; none = it says what the guest can be driven by, and no more.
     engine: Option<EngineSpec>,
     /// What bounds it.
     limits: CompileLimits,
@@ -65,7 +65,8 @@ pub(super) fn main(start: Start) -> i32 {
             let mut bytes = Vec::new();
             guest.seek(SeekFrom::Start(0)).and_then(|_| guest.read_to_end(&mut bytes)).map_err(unreadable)?;
             let Some(engine) = engine else {
-                return Inspection::of(&binary(bytes)?).map(Some);
+                // no more of it is asked for, and its names could be longer than a frame
+                return Ok(Inspection::of(&binary(bytes)?)?.shape);
             };
             let packed = compile(&engine, bytes, &config.limits)?;
             // linked before it is handed over: what is kept is a guest that runs
@@ -74,8 +75,8 @@ pub(super) fn main(start: Start) -> i32 {
             Ok(None)
         });
     match result {
-        Ok(inspection) => {
-            out.push(Kind::Ready, 0, &serde_json::to_vec(&inspection).expect("plain data has a JSON form"));
+        Ok(shape) => {
+            out.push(Kind::Ready, 0, &serde_json::to_vec(&shape).expect("plain data has a JSON form"));
         }
         Err(error) => {
             let outcome = error.end().with(Usage::default());
@@ -98,14 +99,14 @@ pub(crate) struct Compiler {
 }
 
 impl Compiler {
-    /// What a guest is.
+    /// What a guest can be driven by; none when wrun knows no way to run it.
     ///
     /// # Errors
     /// When it is no guest, or there is no room for the child.
-    pub(crate) async fn inspect(&self, guest: &Guest) -> Result<Inspection, Error> {
+    pub(crate) async fn shape(&self, guest: &Guest) -> Result<Option<Shape>, Error> {
         let (said, _) = self.run(None, guest).await?;
-        let said = serde_json::from_slice::<Option<Inspection>>(&said).ok().flatten();
-        said.ok_or_else(|| LoadError::Invalid { reason: "its compiler does not say what it is".into() }.into())
+        serde_json::from_slice(&said)
+            .map_err(|_| LoadError::Invalid { reason: "its compiler does not say what it is".into() }.into())
     }
 
     /// A guest's code, if it was compiled before.

@@ -8,6 +8,8 @@ mod pulse;
 mod trial;
 mod worker;
 
+#[cfg(any(fuzzing, test))]
+pub(crate) use self::http::framing;
 pub(crate) use self::{
     command::CommandConfig,
     compiler::Compiler,

@@ -102,9 +102,23 @@ pub(crate) fn binary(bytes: Vec<u8>) -> Result<Vec<u8>, LoadError> {
     Err(LoadError::NotWasm { found })
 }
 
-/// Error texts of several lines, as one.
+/// The longest error text, in characters: it may quote the guest, which has lines and names of megabytes.
+const TEXT_MAX: usize = 1000;
+
+/// Error texts of several lines, as one that is not too long.
 pub(crate) fn one_line(text: &str) -> String {
-    text.split('\n').map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
+    let mut line = String::new();
+    for part in text.split('\n').map(str::trim).filter(|part| !part.is_empty()) {
+        if !line.is_empty() {
+            line.push(' ');
+        }
+        line.push_str(part);
+    }
+    if let Some((end, _)) = line.char_indices().nth(TEXT_MAX) {
+        line.truncate(end);
+        line.push('…');
+    }
+    line
 }
 
 /// `guests/echo.threads.wasm` is called `echo`.
@@ -140,6 +154,14 @@ mod tests {
         assert_eq!(found(b"#!/bin/sh"), "a text that is not WAT");
         assert_eq!(found(b"\xff\xfe"), "other binary data");
         assert!(found(b"\x7fELF\x02").starts_with("a native program"));
+    }
+
+    #[test]
+    fn error_texts_are_one_line_that_ends() {
+        assert_eq!(one_line("a\n  b\n\nc "), "a b c");
+        let just = "ä".repeat(TEXT_MAX);
+        assert_eq!(one_line(&just), just);
+        assert_eq!(one_line(&format!("{just}b")), format!("{just}…"));
     }
 
     #[test]

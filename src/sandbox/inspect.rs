@@ -3,7 +3,7 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
-use wasmparser::{Encoding, Parser, Payload};
+use wasmparser::{Encoding, Parser, Payload, WasmFeatures};
 
 use crate::sandbox::LoadError;
 
@@ -106,7 +106,11 @@ impl Inspection {
         };
         // sections of modules inside of a component count for its size but not for what it imports
         let mut depth = 0u32;
-        for payload in Parser::new(0).parse_all(wasm) {
+        let mut parser = Parser::new(0);
+        // imports that share the name of their module: few bytes could stand for gigabytes of names, and the engine
+        // refuses them anyway
+        parser.set_features(WasmFeatures::all().difference(WasmFeatures::COMPACT_IMPORTS));
+        for payload in parser.parse_all(wasm) {
             match payload.map_err(invalid)? {
                 Payload::Version { encoding, .. } if depth == 0 => {
                     found.form = match encoding {
@@ -232,6 +236,18 @@ mod tests {
         assert_eq!(inspect("(component (core module (memory 2)) (core module (memory 3 9)))").memory_min, 5 << 16);
         let nested = inspect(r#"(component (core module (func (export "_start"))))"#);
         assert_eq!((nested.form, nested.shape, nested.functions), (Form::Component, None, 1));
+    }
+
+    #[test]
+    fn imports_that_share_a_name_are_refused() {
+        // one module `a`, two functions, with a type each or one for both
+        let each = b"\x02\x0e\x01\x01a\x00\x7f\x02\x01b\x00\x00\x01c\x00\x00";
+        let both = b"\x02\x0c\x01\x01a\x00\x7e\x00\x00\x02\x01b\x01c";
+        for section in [&each[..], both] {
+            let wasm = [b"\0asm\x01\0\0\0", &b"\x01\x04\x01\x60\0\0"[..], section].concat();
+            let error = Inspection::of(&wasm).expect_err("refused").to_string();
+            assert!(error.contains("compact imports proposal disabled"), "{error}");
+        }
     }
 
     #[test]

@@ -229,7 +229,8 @@ impl LoadError {
             Self::Grant(_) | Self::NeedsMemory { .. } => Stage::Start,
             Self::Reported { stage, .. } => *stage,
         };
-        End::Failed { stage, reason: self.to_string(), hint: self.hint() }
+        // names that it quotes are a guest's
+        End::Failed { stage, reason: guest::one_line(&self.to_string()), hint: self.hint() }
     }
 }
 

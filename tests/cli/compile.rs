@@ -326,6 +326,35 @@ fn a_compilation_that_fails_leaves_nothing() {
 }
 
 #[test]
+fn a_guest_that_would_be_quoted_at_length_is_refused_for_its_own_reason() {
+    let long = "x".repeat(3 << 20);
+    let folder = Folder::new()
+        .file("line.wat", format!(r#"(module (func (call $f)) (data "{long}"))"#))
+        .file("comment.wat", format!("(module (;{long}"))
+        // each of these is six bytes in JSON
+        .file(
+            "name.wat",
+            format!(r#"(module (import "{0}" "{0}" (func)) (func (export "_start")))"#, "\\01".repeat(99_999)),
+        );
+    for (guest, reason) in [
+        ("line.wat", "not a valid guest: unknown func: failed to find name `$f` --> <anon>:1:21 | 1 | (module"),
+        ("comment.wat", "not a valid guest: unterminated block comment --> <anon>:1:9 | 1 | (module (;xxx"),
+        ("name.wat", "it imports `\\u{1}\\u{1}"),
+    ] {
+        let ran = folder.wrun(["compile", guest, "-o", "out"]).run().code(126).stderr_has(reason);
+        assert!(ran.stderr_text().len() < 10_000, "{guest}: {} bytes", ran.stderr_text().len());
+    }
+    // the shape of a guest is told, however much else there would be to tell
+    let exports: String = (0..60_000).map(|n| format!(r#"(export "a long enough name {n}" (func 0))"#)).collect();
+    let folder = Folder::new().file("names.wat", format!("(module (func) {exports})"));
+    folder
+        .wrun(["cluster", "names.wat"])
+        .run()
+        .code(126)
+        .stderr_has("expected a handler guest, found a core module that exports nothing wrun can run");
+}
+
+#[test]
 fn many_may_compile_the_same_guest_at_once() {
     for guest in [HELLO, HELLO_P1] {
         let folder = Folder::new();

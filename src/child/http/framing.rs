@@ -25,7 +25,7 @@ const POISON_OF_EXTENSION: &[u8] = b"\n";
 
 /// Where in a client's messages the next byte is.
 #[derive(Debug)]
-pub(super) struct Framing {
+pub(crate) struct Framing {
     state: State,
     /// The start of a head whose end has not come.
     partial: Vec<u8>,
@@ -57,7 +57,7 @@ enum Chunked {
 
 /// What a client is doing, as far as its bytes tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Doing {
+pub(crate) enum Doing {
     /// Nothing of a message has come.
     Nothing,
     /// A head has begun.
@@ -68,23 +68,23 @@ pub(super) enum Doing {
 
 /// Bytes that are refused.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Refused {
+pub(crate) struct Refused {
     /// How many bytes before them may go on.
-    pub(super) good: usize,
+    pub(crate) good: usize,
     /// What goes on in their place.
-    pub(super) poison: &'static [u8],
+    pub(crate) poison: &'static [u8],
     /// Whether they are of a body: then its request is there and has its own end.
-    pub(super) is_body: bool,
+    pub(crate) is_body: bool,
     /// Why, in words.
-    pub(super) reason: &'static str,
+    pub(crate) reason: &'static str,
 }
 
 impl Framing {
-    pub(super) fn new(head_max: usize) -> Self {
+    pub(crate) fn new(head_max: usize) -> Self {
         Self { state: State::Head, partial: vec![], head_max }
     }
 
-    pub(super) fn doing(&self) -> Doing {
+    pub(crate) fn doing(&self) -> Doing {
         match self.state {
             State::Head if self.partial.is_empty() || self.partial == b"\r" => Doing::Nothing,
             State::Head | State::Over => Doing::Head,
@@ -96,7 +96,7 @@ impl Framing {
     ///
     /// # Errors
     /// When they are refused; nothing that comes after is looked at.
-    pub(super) fn look(&mut self, bytes: &[u8]) -> Result<(), Refused> {
+    pub(crate) fn look(&mut self, bytes: &[u8]) -> Result<(), Refused> {
         let mut at = 0;
         while at < bytes.len() {
             let taken = match self.state {

@@ -18,7 +18,7 @@
 mod accept;
 mod client;
 mod connection;
-mod framing;
+pub(crate) mod framing;
 mod gate;
 mod reply;
 mod request;

@@ -441,7 +441,7 @@ impl Builder {
                 return Ok(code.inspection.shape);
             }
         }
-        Ok(self.compiler().inspect(&guest).await?.shape)
+        self.compiler().shape(&guest).await
     }
 
     fn compiler(&self) -> Compiler {

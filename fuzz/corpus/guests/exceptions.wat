@@ -1,0 +1,1 @@
+(module (tag $t) (func (block (try_table (catch_all 0) (throw $t)))))

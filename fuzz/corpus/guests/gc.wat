@@ -1,0 +1,1 @@
+(module (type $s (struct (field i32))) (func (drop (struct.new_default $s))))

@@ -1,0 +1,1 @@
+(component (instance $i) (export "wrun:guest/handler@0.1.0" (instance $i)))

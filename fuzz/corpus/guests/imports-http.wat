@@ -1,0 +1,1 @@
+(component (import "wasi:http/types@0.2.0" (instance)) (import "host" (func)))

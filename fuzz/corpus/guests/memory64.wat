@@ -1,0 +1,1 @@
+(module (memory i64 1) (memory 2 3) (data (i32.const 0) "abc"))

@@ -1,0 +1,1 @@
+(module (memory 70000 (pagesize 1)))

@@ -1,0 +1,1 @@
+(module (table 10 funcref) (elem (i32.const 0) 0) (type (func)) (func) (func (export "_start") (call_indirect (type 0) (i32.const 0))))

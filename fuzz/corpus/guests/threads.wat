@@ -1,0 +1,1 @@
+(module (memory 1 2 shared) (func (drop (i32.atomic.load (i32.const 0)))))

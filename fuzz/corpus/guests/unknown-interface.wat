@@ -1,0 +1,1 @@
+(component (import "wasi:cli/environment@0.3.0" (instance)) (instance $i) (export "wasi:cli/run@0.2.0" (instance $i)))
