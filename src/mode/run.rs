@@ -182,6 +182,7 @@ impl Run {
                 stdio: Stdio::Inherit,
                 outbox: None,
                 shares_thread: false,
+                head_max: Bytes(0),
             });
             runtime.block_on(run_until(&sandbox, &setup, interrupt))
         } else {

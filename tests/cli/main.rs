@@ -6,6 +6,7 @@
 #![expect(clippy::unwrap_used, reason = "what panics in a test has failed it, in its helpers too")]
 #![expect(clippy::format_collect, reason = "inputs are put together where they are read")]
 
+mod caps;
 mod client;
 mod cluster;
 mod compile;
