@@ -14,6 +14,7 @@ mod guest;
 mod host;
 mod inspect;
 mod instance;
+mod instances;
 mod precheck;
 mod stdio;
 

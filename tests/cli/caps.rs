@@ -484,7 +484,37 @@ fn parts(module: &str, instances: usize) -> Component {
 fn a_guest_has_so_many_core_instances() {
     // two are there already
     parts("", 30).passes();
-    parts("", 31).is_refused("it has more core instances than the 32 that a guest may have");
+    let refused = "it has more core instances than the 32 that a guest may have";
+    parts("", 31).is_refused(refused);
+
+    // each of these has two of the one before
+    let doubled = |times: u32| {
+        let mut component = "(component $c (core module $m) (core instance (instantiate $m)))".to_owned();
+        for _ in 0..times {
+            component = format!("(component $c {component} (instance (instantiate $c)) (instance (instantiate $c)))");
+        }
+        Component { after: format!("{component} (instance (instantiate $c))"), ..Component::default() }
+    };
+    doubled(4).passes();
+    for times in [5, 40] {
+        doubled(times).is_refused(refused);
+    }
+}
+
+#[test]
+fn components_that_come_as_values_are_counted_when_they_are_made() {
+    let values = |count: usize| {
+        let after = r#"
+            (component $c
+              (component $d (core module $m) (core instance (instantiate $m)))
+              (export "d" (component $d)))
+            (instance $c (instantiate $c))
+            (alias export $c "d" (component $d))"#
+            .to_owned();
+        Component { after: after + &"(instance (instantiate $d))".repeat(count), ..Component::default() }
+    };
+    values(30).passes();
+    values(31).is_refused("it has more core instances than the 32 that a guest may have");
 }
 
 #[test]
