@@ -28,8 +28,8 @@
 //!        │                    ┊  (a socket pair)
 //!        │        child/{worker, http/, command, compiler, trial, pulse, output}    what such a process does
 //!        │                    │
-//!   sandbox/{guest, inspect, precheck, code, cache, engine, host/, instance, stdio}    the engine, and nothing else
-//!        │                                                                             knows it
+//!   sandbox/{guest, inspect, precheck, instances, code, cache, engine,          the engine, and nothing else
+//!        │   host/, instance, stdio}                                            knows it
 //!        │
 //!   message  outcome  event  grant  limits  error    plain data, used by all
 //! ```

@@ -90,7 +90,8 @@ fn generate(kind: Kind, random: &mut Random) -> Vec<u8> {
 
 fn generate_from(kind: Kind, bytes: &[u8]) -> arbitrary::Result<Vec<u8>> {
     let mut unstructured = Unstructured::new(bytes);
-    let config = Config { max_memories: 2, max_tables: 2, min_funcs: 1, ..Config::default() };
+    let config =
+        Config { max_memories: 2, max_tables: 2, max_table_elements: 100_000, min_funcs: 1, ..Config::default() };
     let plain = |config| Config {
         exceptions_enabled: false,
         gc_enabled: false,

@@ -13,13 +13,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use guest_artifacts::{CRASH_AT_START, ECHO, HELLO, HELLO_HTTP, HOSTILE, SLOW, WHOAMI};
+use guest_artifacts::{CRASH_AT_START, ECHO, HELLO, HELLO_HTTP, HOSTILE, HOSTILE_COMMAND_P1, SLOW, WHOAMI};
 use wrun::{
-    Cache, Cluster, Error,
+    Cache, Cluster, Error, Run,
     cluster::{Answer, Builder, Interrupt},
     event::Event,
+    limits::Limits,
     message::Message,
-    outcome::{End, Stage},
+    outcome::{End, LimitKind, Stage},
 };
 
 /// Workers are made of the command: this test's own program does not call `wrun::init`.
@@ -403,4 +404,13 @@ fn what_a_port_has_not_is_refused() {
             assert!(error.to_string().contains(reason), "{error}");
         }
     });
+}
+
+#[test]
+fn a_run_that_sleeps_in_this_process_ends_by_its_time_limit() {
+    let limits = Limits { timeout: Some(Duration::from_millis(150)), ..Limits::of_a_run() };
+    let run = Run::new(HOSTILE_COMMAND_P1).args(["sleep", "5000"]).limits(limits).program(WRUN).cache(cache());
+    let outcome = run.run().unwrap();
+    assert!(matches!(outcome.end, End::Limit { limit: LimitKind::Time, .. }), "{outcome:?}");
+    assert!(outcome.usage.wall_ms < 4000, "{outcome:?}");
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::{enter, exit_with_primary};
 use crate::{
     grant::Grants,
-    limits::Limits,
+    limits::{Bytes, Limits},
     message::Message,
     outcome::{Outcome, Usage},
     process::{
@@ -86,6 +86,7 @@ fn run(out: &'static Out, config: &str, fds: Vec<OwnedFd>) -> Result<Outcome, Lo
         stdio: Stdio::Inherit,
         outbox: None,
         shares_thread: false,
+        head_max: Bytes(0),
     });
     let outcome = runtime.block_on(sandbox.run(&setup));
     // a thread may still sit in a read of standard input: nobody waits for it

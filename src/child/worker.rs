@@ -214,6 +214,7 @@ impl Worker {
             return Err(broken("the worker got no code".into()));
         };
         let page = Arc::new(Page::map(page).map_err(|error| broken(error.to_string()))?);
+        let head_max = config.listen.as_ref().map_or(Bytes(0), |listen| listen.http.head);
         let work = match config.listen {
             None => Work::Tasks,
             Some(listen) => {
@@ -251,6 +252,7 @@ impl Worker {
             stdio: Stdio::Sink(lines.clone()),
             outbox: Some(Arc::new(Mailbox(out.clone()))),
             shares_thread: config.concurrency > 1 || matches!(work, Work::Port(_)),
+            head_max,
             limits: config.limits,
         });
         let worker = Self {

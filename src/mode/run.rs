@@ -181,7 +181,9 @@ impl Run {
                 args,
                 stdio: Stdio::Inherit,
                 outbox: None,
-                shares_thread: false,
+                // its clock waits for that thread when it is ended from inside
+                shares_thread: spec.epoch_checks,
+                head_max: Bytes(0),
             });
             runtime.block_on(run_until(&sandbox, &setup, interrupt))
         } else {

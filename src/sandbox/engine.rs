@@ -106,6 +106,9 @@ impl Pool {
             .max_core_instances_per_component(CORE_INSTANCES_MAX)
             .max_memories_per_component(MEMORIES_MAX)
             .max_tables_per_component(TABLES_MAX)
+            // all of them may be of one module
+            .max_memories_per_module(MEMORIES_MAX)
+            .max_tables_per_module(TABLES_MAX)
             .max_memory_size(self.memory.as_usize())
             .table_elements(TABLE_ELEMENTS_MAX)
             // what a guest wrote is copied back instead of unmapped: no page faults for the next one

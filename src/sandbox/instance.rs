@@ -10,14 +10,14 @@ use rustix::{
 };
 use wasmtime::{
     AsContextMut, Engine, ExternType, ResourceLimiter, Store, Trap, UpdateDeadline, WasmBacktrace,
-    component::{Linker, ResourceTable},
+    component::{Linker, ResourceTable, ResourceTableError},
 };
 use wasmtime_wasi::{FsPerms, I32Exit, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView, p1::WasiP1Ctx};
 use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView, p2::bindings::Proxy};
 
 use crate::{
     grant::{GrantError, Grants},
-    limits::Limits,
+    limits::{self, Limits},
     message::Message,
     outcome::{End, LimitKind, Outcome, Stage, Usage, millis},
     sandbox::{
@@ -51,6 +51,8 @@ pub(crate) struct Setup {
     pub(crate) outbox: Option<Arc<dyn Outbox>>,
     /// Whether others wait for the thread that it runs on: then what blocks is done on another one.
     pub(crate) shares_thread: bool,
+    /// The longest head of a request that its port lets through; 0 without a port.
+    pub(crate) head_max: limits::Bytes,
 }
 
 /// What the host keeps for one instance.
@@ -110,8 +112,11 @@ struct Limiter {
 #[error("memory limit")]
 struct OutOfMemory;
 
-/// What one call from the guest may make the host allocate, beside the messages themselves.
+/// What one call from the guest may make the host allocate, beside messages and what a core module reads and writes.
 const HOSTCALL_BYTES: usize = 8 << 20;
+/// What the headers and trailers that a guest makes may take, each set of them, beside those that came with a request.
+/// That is more than [`HEADERS_MAX`](crate::limits::HEADERS_MAX) headers take beside their texts.
+const FIELDS_BYTES: usize = 32 << 10;
 /// Files, streams and the like that one guest may hold at once.
 const RESOURCES_MAX: usize = 1_000;
 /// Random bytes that one call may ask for.
@@ -214,10 +219,16 @@ impl State {
             Form::Component => {
                 let mut table = ResourceTable::new();
                 table.set_max_capacity(RESOURCES_MAX);
-                let (wasi, http) = (wasi.build(), WasiHttpCtx::new());
+                let (wasi, mut http) = (wasi.build(), WasiHttpCtx::new());
+                // a guest may send back all the headers that it got
+                http.set_field_size_limit(setup.head_max.as_usize().saturating_add(FIELDS_BYTES));
                 Wasi::Component(Box::new(ComponentCtx { wasi, table, http, outbound: NoOutbound }))
             }
-            Form::Module => Wasi::Module(Box::new(wasi.build_p1())),
+            Form::Module => {
+                let mut wasi = wasi.build_p1();
+                wasi.ctx().table.set_max_capacity(RESOURCES_MAX);
+                Wasi::Module(Box::new(wasi))
+            }
         };
         let limiter = Limiter { memory: setup.limits.memory.as_usize(), memory_now: 0, memory_peak: 0 };
         Ok(Self { wasi, setup: setup.clone(), limiter })
@@ -232,7 +243,12 @@ impl Instance {
             State::new(setup, program.form()).map_err(|error| error.end().with(Usage::wall(started.elapsed())))?;
         let mut store = Store::new(engine, state);
         store.limiter(|state| &mut state.limiter);
-        store.set_hostcall_fuel(setup.limits.message_max.as_usize().saturating_mul(4).saturating_add(HOSTCALL_BYTES));
+        let most = match program.form() {
+            Form::Component => setup.limits.message_max.as_usize().saturating_mul(4),
+            // whole files go through one buffer, which may be as large as the memory that it lies in
+            Form::Module => setup.limits.memory.as_usize(),
+        };
+        store.set_hostcall_fuel(most.saturating_add(HOSTCALL_BYTES));
         store.set_max_component_handles(RESOURCES_MAX);
         refill(&mut store, &setup.limits);
         let made = match program {
@@ -248,6 +264,7 @@ impl Instance {
             Ok(entry) => Ok(Self { store, entry, started, uses: 0 }),
             Err(error) => {
                 let end = match end_of(&error, &setup.limits) {
+                    End::Trapped { .. } if has_too_many_instances(&error) => LoadError::TOO_MANY_INSTANCES.end(),
                     // an error that is no trap is the engine's own: no room in the pool, a start that does not fit
                     End::Trapped { trap, backtrace }
                         if backtrace.is_empty() && error.downcast_ref::<Trap>().is_none() =>
@@ -380,7 +397,10 @@ fn end_of(error: &wasmtime::Error, limits: &Limits) -> End {
     if let (Some(Trap::OutOfFuel), Some(fuel)) = (trap, limits.fuel) {
         return End::Limit { limit: LimitKind::Fuel, allowed: fuel.to_string() };
     }
-    let text = guest::one_line(&error.root_cause().to_string());
+    let text = match error.downcast_ref() {
+        Some(ResourceTableError::Full) => format!("it holds more than {RESOURCES_MAX} files, streams and the like"),
+        _ => guest::one_line(&error.root_cause().to_string()),
+    };
     let backtrace = error.downcast_ref::<WasmBacktrace>().map_or_else(Vec::new, |backtrace| {
         // the first line of its text is a heading
         backtrace.to_string().lines().skip(1).map(|line| cut(line.trim())).collect()
@@ -389,6 +409,14 @@ fn end_of(error: &wasmtime::Error, limits: &Limits) -> End {
         trap: trap.map_or(cut(&text), |trap| trap.to_string().trim_start_matches("wasm trap: ").into()),
         backtrace,
     }
+}
+
+/// Whether the engine refuses a guest for its core instances. It has no type for that error, and does not tell how many
+/// a guest has.
+pub(super) fn has_too_many_instances(error: &wasmtime::Error) -> bool {
+    let text = error.root_cause().to_string();
+    // the words of a store, and those of a pool
+    text.contains("instance count too high") || text.contains("core module instances, which exceeds")
 }
 
 /// A text that a guest has a say in, such as a function's name, at a length that fits a line.

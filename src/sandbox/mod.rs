@@ -14,13 +14,15 @@ mod guest;
 mod host;
 mod inspect;
 mod instance;
+mod instances;
 mod precheck;
 mod stdio;
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
-use wasmtime::{Engine, component, component::Linker};
+use wasmtime::{Engine, ResourcesRequired, component, component::Linker};
 
+use self::engine::{CORE_INSTANCES_MAX, MEMORIES_MAX, TABLE_ELEMENTS_MAX, TABLES_MAX};
 pub(crate) use self::{
     cache::write_whole,
     code::{Code, Packed, compile},
@@ -151,6 +153,14 @@ pub enum LoadError {
         /// The limit.
         limit: Bytes,
     },
+    /// It consists of more than one guest may have.
+    #[error("it has more {what} than the {max} that a guest may have")]
+    TooMany {
+        /// Of what.
+        what: &'static str,
+        /// How many it may have.
+        max: u64,
+    },
     /// Another process says so.
     #[error("{reason}")]
     Reported {
@@ -181,6 +191,8 @@ fn found_shape(found: Option<Shape>, form: Form) -> String {
 }
 
 impl LoadError {
+    const TOO_MANY_INSTANCES: Self = Self::TooMany { what: "core instances", max: CORE_INSTANCES_MAX as u64 };
+
     /// What to do next, when there is something.
     #[must_use]
     pub fn hint(&self) -> Option<String> {
@@ -225,7 +237,9 @@ impl LoadError {
             | Self::CompileMemory { .. }
             | Self::CompileTime { .. }
             | Self::Precompiled { .. } => Stage::Compile,
-            Self::UnknownImport { .. } | Self::Mismatch { .. } | Self::WrongShape { .. } => Stage::Link,
+            Self::UnknownImport { .. } | Self::Mismatch { .. } | Self::WrongShape { .. } | Self::TooMany { .. } => {
+                Stage::Link
+            }
             Self::Grant(_) | Self::NeedsMemory { .. } => Stage::Start,
             Self::Reported { stage, .. } => *stage,
         };
@@ -260,21 +274,27 @@ impl Mapped {
 
     fn from(engine: Engine, code: wasmtime::Result<MappedCode>) -> Result<Self, LoadError> {
         // not the whole chain: it names the file by the descriptor that it is mapped from
-        let code =
-            code.map_err(|error| LoadError::Precompiled { reason: guest::one_line(&error.root_cause().to_string()) })?;
+        let code = code.map_err(|error| {
+            if instance::has_too_many_instances(&error) {
+                LoadError::TOO_MANY_INSTANCES
+            } else {
+                LoadError::Precompiled { reason: guest::one_line(&error.root_cause().to_string()) }
+            }
+        })?;
         Ok(Self { engine, code })
     }
 
     /// Links it, as a guest of the expected shape.
     ///
     /// # Errors
-    /// When it is of another shape, or imports what is not offered.
+    /// When it is of another shape, consists of too much, or imports what is not offered.
     pub(crate) fn link(self, inspection: &Inspection, expected: Shape) -> Result<Sandbox, LoadError> {
         let Inspection { form, shape: found, .. } = *inspection;
         let wrong_shape = || LoadError::WrongShape { expected, found, form };
         if found != Some(expected) {
             return Err(wrong_shape());
         }
+        self.is_within_caps()?;
         let engine = self.engine;
         let program = match (expected, self.code) {
             (_, MappedCode::Component(component)) => {
@@ -308,6 +328,32 @@ impl Mapped {
             (Shape::Handler | Shape::Http, MappedCode::Module(_)) => return Err(wrong_shape()),
         };
         Ok(Sandbox { engine, program })
+    }
+
+    /// The engine looks at the same when an instance is made. Here the guest is refused before it is kept, and in words
+    /// that do not depend on how instances are made.
+    fn is_within_caps(&self) -> Result<(), LoadError> {
+        let Some(required) = self.code.required() else { return Ok(()) };
+        for (what, found, max) in [
+            ("linear memories", required.num_memories.into(), MEMORIES_MAX.into()),
+            ("tables", required.num_tables.into(), TABLES_MAX.into()),
+            ("elements in a table", required.max_initial_table_size.unwrap_or(0), TABLE_ELEMENTS_MAX as u64),
+        ] {
+            if found > max {
+                return Err(LoadError::TooMany { what, max });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl MappedCode {
+    /// What its instances need; none when it imports modules, which are not offered.
+    fn required(&self) -> Option<ResourcesRequired> {
+        match self {
+            Self::Component(component) => component.resources_required(),
+            Self::Module(module) => Some(module.resources_required()),
+        }
     }
 }
 

@@ -3,7 +3,10 @@
 
 use wasmparser::{Operator, Parser, Payload};
 
-use crate::{limits::CompileLimits, sandbox::LoadError};
+use crate::{
+    limits::CompileLimits,
+    sandbox::{LoadError, engine::CORE_INSTANCES_MAX, instances::core_instances},
+};
 
 /// Sees that a binary is within the limits. Reads every instruction once, and believes none.
 ///
@@ -11,6 +14,9 @@ use crate::{limits::CompileLimits, sandbox::LoadError};
 /// [`LoadError::TooComplex`] names the function, what it has too much of, and the flag that allows it.
 pub(crate) fn precheck(wasm: &[u8], limits: &CompileLimits) -> Result<(), LoadError> {
     let invalid = |error: wasmparser::BinaryReaderError| LoadError::Invalid { reason: error.to_string() };
+    if core_instances(wasm).map_err(invalid)? > CORE_INSTANCES_MAX.into() {
+        return Err(LoadError::TOO_MANY_INSTANCES);
+    }
     let mut functions = 0u64;
     for payload in Parser::new(0).parse_all(wasm) {
         match payload.map_err(invalid)? {

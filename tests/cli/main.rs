@@ -7,6 +7,7 @@
 #![expect(clippy::format_collect, reason = "inputs are put together where they are read")]
 
 mod bombs;
+mod caps;
 mod client;
 mod cluster;
 mod compile;

@@ -2,6 +2,8 @@
 //! failed; `POST /ignore` does not read it and answers `{"ignored":true}`; every other method answers the request's
 //! method, path, scheme, authority and headers.
 //!
+//! `GET /back` answers the request's headers as those of the response, and no body.
+//!
 //! `GET /fetch?url=host:port` asks another server and answers `{"fetched":200}` or `{"refused":"why"}`.
 
 use std::collections::BTreeMap;
@@ -11,7 +13,8 @@ use serde::Serialize;
 use wasip2::exports::http::incoming_handler::Guest;
 use wasip2::http::outgoing_handler;
 use wasip2::http::types::{
-    ErrorCode, Fields, IncomingBody, IncomingRequest, Method, OutgoingRequest, ResponseOutparam, Scheme,
+    ErrorCode, Fields, IncomingBody, IncomingRequest, Method, OutgoingBody, OutgoingRequest, OutgoingResponse,
+    ResponseOutparam, Scheme,
 };
 use wasip2::io::streams::StreamError;
 use wrun_guest::serde_json;
@@ -50,6 +53,9 @@ struct Upload;
 impl Guest for Upload {
     fn handle(request: IncomingRequest, answer: ResponseOutparam) {
         let target = Target::of(&request);
+        if target.path == "/back" {
+            return send_back(&request, answer);
+        }
         let json = match (request.method(), &*target.path) {
             (Method::Post, "/ignore") => Ok(r#"{"ignored":true}"#.to_owned()),
             (Method::Post, _) => serde_json::to_string(&read(&request)),
@@ -62,6 +68,15 @@ impl Guest for Upload {
         // a client that goes away is nothing to trap for
         let _ = respond_json(answer, &json.expect("serializes"));
     }
+}
+
+fn send_back(request: &IncomingRequest, answer: ResponseOutparam) {
+    // made anew, as a guest does that leaves some of them out
+    let headers = Fields::from_list(&request.headers().entries()).expect("headers");
+    let response = OutgoingResponse::new(headers);
+    let body = response.body().expect("the first time");
+    ResponseOutparam::set(answer, Ok(response));
+    OutgoingBody::finish(body, None).expect("a body without a length");
 }
 
 fn read(request: &IncomingRequest) -> Report {
