@@ -78,8 +78,11 @@ const CONNECTION_DATA: Bytes = Bytes::kib(64);
 /// Threads on which guests that share theirs wait for files.
 const BLOCKING_THREADS: usize = 16;
 
-/// Descriptors that a worker needs for itself.
-pub(super) const DESCRIPTORS_KEPT: u64 = 64;
+/// Descriptors that a worker needs for itself: about 14 ...
+const DESCRIPTORS_KEPT: u64 = 24;
+
+/// ... and some more on a port, for connections that come and go.
+pub(super) const DESCRIPTORS_OF_A_PORT: u64 = 64;
 
 /// The jail of a worker whose guest has these grants and limits, and as much room as its engine and its port give.
 pub(crate) fn jail_of(
@@ -98,7 +101,12 @@ pub(crate) fn jail_of(
         .into_iter()
         .fold(DATA_BASE.0, u64::saturating_add)
         .saturating_add(engine.instances_data(limits.memory, inspection.memories));
-    let guests_files = if grants.dirs.is_empty() { 0 } else { concurrency * u64::from(limits.open_files) };
+    let own_files = if listen.is_some() { DESCRIPTORS_OF_A_PORT } else { DESCRIPTORS_KEPT };
+    // one for each folder; without one nothing is opened
+    let guests_files = match grants.dirs.len() as u64 {
+        0 => 0,
+        dirs => concurrency * (u64::from(limits.open_files) + dirs),
+    };
     Jail {
         required: isolation == Isolation::Jail,
         dirs: grants.dirs.clone(),
@@ -108,7 +116,7 @@ pub(crate) fn jail_of(
         bounds: Bounds {
             // it works as long as there is work; each task has a clock
             cpu: None,
-            files: DESCRIPTORS_KEPT + connections + guests_files,
+            files: own_files + connections + guests_files,
             file_size: limits.file_size,
             data: Bytes(data),
         },

@@ -214,7 +214,7 @@ fn a_jailed_guest_has_so_many_files_open_and_no_more() {
         let folder = folder();
         let open = |times: &str| with_dir(&folder, (guest, "jail"), "in", &["open", "in/a.txt", times]);
         open("64").code(0).stdout("64\n");
-        open("200").code(1).stdout("").stderr("I/O error (os error 29)\n");
+        open("80").code(1).stdout("").stderr("I/O error (os error 29)\n");
         let raised = folder.wrun(["run", "--isolation=jail", "--open-files=200", "--dir=in", guest, "--"]);
         raised.args(["open", "in/a.txt", "200"]).run().code(0).stdout("200\n");
     }

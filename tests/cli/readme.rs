@@ -95,7 +95,10 @@ fn every_promise_of_security_names_tests_that_there_are() {
             let test = test.trim_matches('`');
             let (file, name) = match test.split_once("::") {
                 Some((module, name)) => (format!("tests/cli/{module}.rs"), name),
-                None => ("tests/library.rs".to_owned(), test),
+                None => match test.split_once(':') {
+                    Some((file, name)) => (format!("tests/{file}.rs"), name),
+                    None => ("tests/library.rs".to_owned(), test),
+                },
             };
             let source = fs::read_to_string(root.join(&file)).unwrap_or_else(|error| panic!("{test}: {file}: {error}"));
             assert!(source.contains(&format!("#[test]\nfn {name}()")), "there is no test {test}");

@@ -19,7 +19,7 @@ use tokio::{
 };
 
 use super::{Server, connection};
-use crate::{child::worker::DESCRIPTORS_KEPT, process::wire::Kind};
+use crate::{child::worker::DESCRIPTORS_OF_A_PORT, process::wire::Kind};
 
 /// How long a worker with more than its share lets others go first, and how often.
 const STEP_BACK: Duration = Duration::from_millis(1);
@@ -84,9 +84,9 @@ fn accept(listener: &OwnedFd) -> io::Result<(TcpStream, IpAddr)> {
 /// For how many connections there are descriptors. The jail has asked for as many as are wanted.
 fn descriptors() -> u32 {
     use rustix::process::{Resource, getrlimit};
-    getrlimit(Resource::Nofile)
-        .current
-        .map_or(u32::MAX, |allowed| u32::try_from(allowed.saturating_sub(DESCRIPTORS_KEPT)).unwrap_or(u32::MAX).max(1))
+    getrlimit(Resource::Nofile).current.map_or(u32::MAX, |allowed| {
+        u32::try_from(allowed.saturating_sub(DESCRIPTORS_OF_A_PORT)).unwrap_or(u32::MAX).max(1)
+    })
 }
 
 fn tell(server: &Server, message: &str) {
