@@ -235,7 +235,8 @@ impl Filter {
         // asking for one's own bounds
         list.insert(libc::SYS_prlimit64, vec![rule(&[equal(0, 0), is_null(2)])]);
         list.insert(libc::SYS_prctl, vec![rule(&[equal(0, libc::PR_SET_NAME.cast_unsigned().into())])]);
-        let requests = [PAGEMAP_SCAN, libc::FIONBIO, libc::TCGETS];
+        // the last two ask whether something is a terminal
+        let requests = [PAGEMAP_SCAN, libc::FIONBIO, libc::TCGETS, libc::TIOCGWINSZ];
         list.insert(libc::SYS_ioctl, requests.map(|request| rule(&[equal(1, request)])).into());
         let commands = [libc::F_GETFL, libc::F_SETFL, libc::F_GETFD, libc::F_SETFD, libc::F_DUPFD_CLOEXEC];
         list.insert(libc::SYS_fcntl, commands.map(|command| rule(&[equal(1, command.cast_unsigned().into())])).into());
