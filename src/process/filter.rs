@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 
 use libc::c_long;
 use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch, sock_filter,
 };
 
 use super::jail::Purpose;
@@ -79,8 +80,6 @@ const ALWAYS: &[c_long] = &[
     libc::SYS_clock_getres,
     libc::SYS_clock_nanosleep,
     libc::SYS_getrandom,
-    // answered by the filter itself, see `Filter::load`
-    libc::SYS_clone3,
 ];
 
 /// Their older forms, which other architectures do not have.
@@ -182,24 +181,22 @@ impl Filter {
     /// # Errors
     /// Says why, when the system has no such filters.
     pub(super) fn load(self) -> Result<(), String> {
-        let all = |calls: &[c_long]| calls.iter().map(|call| (*call, vec![])).collect();
-        // The most severe answer counts. So the list, which would refuse to load another, is loaded last.
-        let filters = [
-            (all(FATAL), SeccompAction::Allow, SeccompAction::KillProcess),
-            // Its flags lie in memory, where a filter cannot see them. Told that there is no such call, the C library
-            // takes the older one.
-            (all(&[libc::SYS_clone3]), SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS.cast_unsigned())),
-            (self.allowed(), SeccompAction::Errno(libc::EPERM.cast_unsigned()), SeccompAction::Allow),
-        ];
-        for (rules, otherwise, then) in filters {
-            let arch = std::env::consts::ARCH.try_into().map_err(|error| format!("{error}"))?;
-            let program: BpfProgram = SeccompFilter::new(rules, otherwise, then, arch)
-                .and_then(TryInto::try_into)
-                .map_err(|error| format!("the filter of system calls is wrong: {error}"))?;
-            seccompiler::apply_filter(&program)
-                .map_err(|error| format!("this kernel takes no filter of system calls (seccomp): {error}"))?;
-        }
-        Ok(())
+        let arch: TargetArch = std::env::consts::ARCH.try_into().map_err(|error| format!("{error}"))?;
+        let program = self.program(arch).map_err(|error| format!("the filter of system calls is wrong: {error}"))?;
+        seccompiler::apply_filter(&program)
+            .map_err(|error| format!("this kernel takes no filter of system calls (seccomp): {error}"))
+    }
+
+    /// One program for all answers: the kernel takes its time for each that is loaded.
+    fn program(self, arch: TargetArch) -> Result<BpfProgram, BackendError> {
+        let mut program = answer(FATAL, &SeccompAction::KillProcess);
+        // Its flags lie in memory, where a filter cannot see them. Told that there is no such call, the C library takes the
+        // older one.
+        program.extend(answer(&[libc::SYS_clone3], &SeccompAction::Errno(libc::ENOSYS.cast_unsigned())));
+        let refused = SeccompAction::Errno(libc::EPERM.cast_unsigned());
+        let list: BpfProgram = SeccompFilter::new(self.allowed(), refused, SeccompAction::Allow, arch)?.try_into()?;
+        program.extend(list);
+        Ok(program)
     }
 
     /// The list. A call without rules is allowed whatever its arguments are, else one of the rules must fit.
@@ -249,6 +246,25 @@ impl Filter {
         }
         list
     }
+}
+
+/// The part of a program that answers these calls and goes on with all others.
+fn answer(calls: &[c_long], action: &SeccompAction) -> BpfProgram {
+    let statement = |code: u32, value: u32| {
+        let code = u16::try_from(code).expect("codes are below 256");
+        sock_filter { code, jt: 0, jf: 0, k: value }
+    };
+    let is_one = |(at, call): (usize, &c_long)| sock_filter {
+        // past those that follow, and the way on
+        jt: u8::try_from(calls.len() - at).expect("a short list"),
+        ..statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, u32::try_from(*call).expect("a number of a call"))
+    };
+    // the number of the call
+    let mut program = vec![statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0)];
+    program.extend(calls.iter().enumerate().map(is_one));
+    program.push(statement(libc::BPF_JMP | libc::BPF_JA, 1));
+    program.push(statement(libc::BPF_RET | libc::BPF_K, action.clone().into()));
+    program
 }
 
 fn rule(conditions: &[SeccompCondition]) -> SeccompRule {
