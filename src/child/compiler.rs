@@ -4,6 +4,7 @@
 use std::{
     fs::File,
     io::{Read, Seek, SeekFrom, Write},
+    num::NonZero,
     os::fd::AsFd,
     path::PathBuf,
     time::Instant,
@@ -52,18 +53,23 @@ pub(super) fn main(start: Start) -> i32 {
                 return Err(LoadError::Invalid { reason: "the compiler got no files".into() });
             };
             let unreadable = |source| LoadError::Unreadable { path: "the guest's copy".into(), source };
-            let engine = enter(&config.jail, out, || {
+            let (engine, cores) = enter(&config.jail, out, || {
                 let engine = config.engine.map(|spec| spec.engine()).transpose();
-                engine.map_err(|error| LoadError::Invalid { reason: error.to_string() })
+                let engine = engine.map_err(|error| LoadError::Invalid { reason: error.to_string() })?;
+                // the system tells that in files
+                Ok((engine, std::thread::available_parallelism().map_or(1, NonZero::get)))
             })?;
             exit_with_primary(out).map_err(unreadable)?;
             // now, as long as there is memory for their stacks: the engine panics when there is none
             rayon::ThreadPoolBuilder::new()
+                .num_threads(cores)
                 .build_global()
                 .map_err(|_| LoadError::CompileMemory { limit: config.limits.memory })?;
 
             let mut bytes = Vec::new();
-            guest.seek(SeekFrom::Start(0)).and_then(|_| guest.read_to_end(&mut bytes)).map_err(unreadable)?;
+            // through `take`, which does not ask the system for the size
+            let read = guest.seek(SeekFrom::Start(0)).and_then(|_| guest.take(u64::MAX).read_to_end(&mut bytes));
+            read.map_err(unreadable)?;
             let Some(engine) = engine else {
                 // no more of it is asked for, and its names could be longer than a frame
                 return Ok(Inspection::of(&binary(bytes)?)?.shape);

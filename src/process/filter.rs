@@ -2,7 +2,8 @@
 //!
 //! What is on no list is refused with `EPERM`, since a library may try something that it can do without. What no part of
 //! wrun ever does (run a program, trace, mount, load code into the kernel) ends the process at once with `SIGSYS`: only
-//! somebody else's code does that.
+//! somebody else's code does that. Built with the feature `strict-filter`, every other call ends it: so tests see that
+//! nothing is refused that is needed.
 
 use std::collections::BTreeMap;
 
@@ -193,7 +194,11 @@ impl Filter {
         // Its flags lie in memory, where a filter cannot see them. Told that there is no such call, the C library takes the
         // older one.
         program.extend(answer(&[libc::SYS_clone3], &SeccompAction::Errno(libc::ENOSYS.cast_unsigned())));
-        let refused = SeccompAction::Errno(libc::EPERM.cast_unsigned());
+        let refused = if cfg!(feature = "strict-filter") {
+            SeccompAction::KillProcess
+        } else {
+            SeccompAction::Errno(libc::EPERM.cast_unsigned())
+        };
         let list: BpfProgram = SeccompFilter::new(self.allowed(), refused, SeccompAction::Allow, arch)?.try_into()?;
         program.extend(list);
         Ok(program)
