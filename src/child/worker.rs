@@ -34,8 +34,8 @@ use crate::{
         wire::{Incoming, Kind},
     },
     sandbox::{
-        Answer, Code, EngineSpec, Full, Identity, Inspection, Instance, LoadError, Mapped, Outbox, Sandbox, Setup,
-        Shape, Stdio, cpu_ms,
+        Answer, Code, EngineSpec, Form, Full, Identity, Inspection, Instance, LoadError, Mapped, Outbox, Sandbox,
+        Setup, Shape, Stdio, cpu_ms,
     },
 };
 
@@ -96,8 +96,12 @@ pub(crate) fn jail_of(
     let (concurrency, connections) =
         (u64::from(concurrency), listen.map_or(0, |listen| listen.http.connections.into()));
     let per_connection = listen.map_or(0, |listen| listen.http.head.0 + CONNECTION_DATA.0);
-    let messages = limits.message_max.0.saturating_mul(MESSAGE_COPIES).saturating_mul(concurrency);
-    let data = [code_size, messages, per_connection.saturating_mul(connections)]
+    let copies = match inspection.form {
+        Form::Component => limits.message_max.0.saturating_mul(MESSAGE_COPIES),
+        // what it reads or writes at once, which may be as large as its memory
+        Form::Module => limits.memory.0,
+    };
+    let data = [code_size, copies.saturating_mul(concurrency), per_connection.saturating_mul(connections)]
         .into_iter()
         .fold(DATA_BASE.0, u64::saturating_add)
         .saturating_add(engine.instances_data(limits.memory, inspection.memories));
