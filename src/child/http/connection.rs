@@ -310,9 +310,10 @@ impl Read for Io {
             self.connection.reads.set(true);
             return Poll::Pending;
         };
+        // an error, too, is the last that is read: whether the client has left is looked for from now on
+        self.connection.reads.set(false);
         let bytes = &scratch[..count?];
         let Self { framing, connection, .. } = &mut *self;
-        connection.reads.set(false);
         let before = framing.doing();
         match framing.look(bytes) {
             Ok(()) => to.put_slice(bytes),
