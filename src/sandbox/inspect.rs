@@ -123,22 +123,22 @@ impl Inspection {
                 Payload::ImportSection(section) if depth == 0 => {
                     for import in section.into_imports() {
                         let import = import.map_err(invalid)?;
-                        found.imports.push(format!("{}::{}", import.module, import.name));
+                        add(&mut found.imports, format!("{}::{}", import.module, import.name))?;
                     }
                 }
                 Payload::ExportSection(section) if depth == 0 => {
                     for export in section {
-                        found.exports.push(export.map_err(invalid)?.name.into());
+                        add(&mut found.exports, export.map_err(invalid)?.name.into())?;
                     }
                 }
                 Payload::ComponentImportSection(section) if depth == 0 => {
                     for import in section {
-                        found.imports.push(import.map_err(invalid)?.name.name.into());
+                        add(&mut found.imports, import.map_err(invalid)?.name.name.into())?;
                     }
                 }
                 Payload::ComponentExportSection(section) if depth == 0 => {
                     for export in section {
-                        found.exports.push(export.map_err(invalid)?.name.name.into());
+                        add(&mut found.exports, export.map_err(invalid)?.name.name.into())?;
                     }
                 }
                 Payload::CodeSectionStart { count, size, .. } => {
@@ -173,6 +173,18 @@ impl Inspection {
             None
         }
     }
+}
+
+/// The most imports or exports; the engine takes no more of a core module.
+const NAMES_MAX: usize = 1_000_000;
+
+/// Adds a name to a list. Each takes many times the memory here that it takes in a guest.
+fn add(names: &mut Vec<String>, name: String) -> Result<(), LoadError> {
+    if names.len() == NAMES_MAX {
+        return Err(LoadError::Invalid { reason: format!("it has more than {NAMES_MAX} imports or exports") });
+    }
+    names.push(name);
+    Ok(())
 }
 
 /// Whether wrun offers an import, by its name; whether the types agree shows when it is linked.
@@ -236,6 +248,29 @@ mod tests {
         assert_eq!(inspect("(component (core module (memory 2)) (core module (memory 3 9)))").memory_min, 5 << 16);
         let nested = inspect(r#"(component (core module (func (export "_start"))))"#);
         assert_eq!((nested.form, nested.shape, nested.functions), (Form::Component, None, 1));
+    }
+
+    #[test]
+    fn so_many_names_are_kept_and_no_more() {
+        // of a memory each, with no names
+        let memories = |count: usize| {
+            let entries = b"\0\0\x02\0\x01".repeat(count);
+            let size = u32::try_from(entries.len() + 5).expect("small");
+            let long = |mut n: u32| {
+                let mut bytes = [0x80; 5];
+                for byte in &mut bytes {
+                    *byte |= (n & 0x7f) as u8;
+                    n >>= 7;
+                }
+                bytes[4] &= 0x7f;
+                bytes
+            };
+            let count = long(u32::try_from(count).expect("small"));
+            [&b"\0asm\x01\0\0\0\x02"[..], &long(size), &count, &entries].concat()
+        };
+        assert_eq!(Inspection::of(&memories(NAMES_MAX)).expect("whole").imports.len(), NAMES_MAX);
+        let error = Inspection::of(&memories(NAMES_MAX + 1)).expect_err("refused").to_string();
+        assert!(error.contains("more than 1000000 imports"), "{error}");
     }
 
     #[test]
