@@ -92,7 +92,7 @@ pub enum Event {
         /// How many deaths in a row this slot has had.
         deaths: u32,
     },
-    /// A slot died too often and is not started again.
+    /// A slot is not started again: its workers died too often, or none can start.
     Failed {
         /// The slot.
         worker: WorkerId,
