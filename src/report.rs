@@ -224,7 +224,10 @@ fn event_line(event: &Event) -> String {
             format!("worker {worker}: starting again in {after_ms} ms, after {deaths} deaths in a row")
         }
         Event::Failed { worker, outcome } => {
-            format!("worker {worker}: given up, no other is started in its place; at last it {}", Clean(&outcome.to_string()))
+            format!(
+                "worker {worker}: given up, no other is started in its place; at last it {}",
+                Clean(&outcome.to_string())
+            )
         }
         Event::Limit { worker, outcome } => format!("worker {worker}: a task {}", Clean(&outcome.to_string())),
         Event::Error { worker: Some(worker), message } => format!("worker {worker}: {}", Clean(message)),

@@ -104,7 +104,7 @@ pub(crate) fn jail_of(
     let data = [code_size, copies.saturating_mul(concurrency), per_connection.saturating_mul(connections)]
         .into_iter()
         .fold(DATA_BASE.0, u64::saturating_add)
-        .saturating_add(engine.instances_data(limits.memory, inspection.memories));
+        .saturating_add(engine.instances_data(limits.memory, inspection));
     let own_files = if listen.is_some() { DESCRIPTORS_OF_A_PORT } else { DESCRIPTORS_KEPT };
     // one for each folder; without one nothing is opened
     let guests_files = match grants.dirs.len() as u64 {

@@ -5,7 +5,10 @@
 use sha2::{Digest, Sha256};
 use wasmtime::{Config, Enabled, Engine, InstanceAllocationStrategy, PoolingAllocationConfig, WasmBacktraceDetails};
 
-use crate::{limits::Bytes, sandbox::code::MAGIC};
+use crate::{
+    limits::Bytes,
+    sandbox::{Inspection, code::MAGIC},
+};
 
 /// What an engine is made of.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -50,6 +53,9 @@ impl EngineSpec {
         let mut config = Config::new();
         config
             .wasm_component_model(true)
+            // what C++ throws; of the engine's garbage collector, which keeps that, guests have nothing else
+            .wasm_exceptions(true)
+            .wasm_gc(false)
             .concurrency_support(false)
             .epoch_interruption(self.epoch_checks)
             .consume_fuel(self.fuel)
@@ -63,14 +69,16 @@ impl EngineSpec {
         Engine::new(&config)
     }
 
-    /// The most memory that instances of a guest with so many linear memories take, in bytes that can be written to:
-    /// what the engine reserves beyond that cannot.
-    pub(crate) fn instances_data(&self, memory: Bytes, memories: u32) -> u64 {
+    /// The most memory that instances of a guest take, in bytes that can be written to: what the engine reserves beyond
+    /// that cannot.
+    pub(crate) fn instances_data(&self, memory: Bytes, guest: &Inspection) -> u64 {
         // one more, as in `Pool::config`
         let instances = self.pool.map_or(1, |pool| u64::from(pool.instances) + 1);
         let stack = self.stack.0.saturating_add(HOST_STACK as u64);
         let tables = u64::from(TABLES_MAX) * TABLE_ELEMENTS_MAX as u64 * size_of::<usize>() as u64;
-        let memories = memory.0.saturating_mul(u64::from(memories.clamp(1, MEMORIES_MAX)));
+        // together they are within the limit, but each may keep what it had for the next instance
+        let memories = guest.memories.clamp(1, MEMORIES_MAX) + u32::from(guest.throws);
+        let memories = memory.0.saturating_mul(memories.into());
         instances.saturating_mul(memories.saturating_add(stack).saturating_add(tables))
     }
 
@@ -101,7 +109,9 @@ impl Pool {
         pool.total_component_instances(instances)
             .total_core_instances(instances.saturating_mul(CORE_INSTANCES_MAX))
             .total_stacks(instances)
-            .total_memories(instances.saturating_mul(MEMORIES_MAX))
+            // and the heap of what is thrown
+            .total_memories(instances.saturating_mul(MEMORIES_MAX + 1))
+            .total_gc_heaps(instances)
             .total_tables(instances.saturating_mul(TABLES_MAX))
             .max_core_instances_per_component(CORE_INSTANCES_MAX)
             .max_memories_per_component(MEMORIES_MAX)

@@ -30,6 +30,8 @@ pub struct Inspection {
     pub memory_min: u64,
     /// How many linear memories it defines.
     pub memories: u32,
+    /// Whether it throws exceptions; the engine keeps them in a heap beside its memories.
+    pub throws: bool,
 }
 
 /// How a guest is packed.
@@ -103,6 +105,7 @@ impl Inspection {
             functions: 0,
             memory_min: 0,
             memories: 0,
+            throws: false,
         };
         // sections of modules inside of a component count for its size but not for what it imports
         let mut depth = 0u32;
@@ -153,6 +156,7 @@ impl Inspection {
                         found.memory_min = found.memory_min.saturating_add(memory.initial.saturating_mul(page));
                     }
                 }
+                Payload::TagSection(section) => found.throws |= section.count() > 0,
                 Payload::DataSection(section) => found.data_bytes += section.range().len() as u64,
                 _ => {}
             }
@@ -246,6 +250,7 @@ mod tests {
         assert_eq!(command.imports, ["wasi_snapshot_preview1::proc_exit"]);
         assert_eq!(inspect(r#"(module (func (export "add")))"#).shape, None);
         assert_eq!(inspect("(component (core module (memory 2)) (core module (memory 3 9)))").memory_min, 5 << 16);
+        assert!(inspect("(component (core module (tag)))").throws && !inspect("(module (func))").throws);
         let nested = inspect(r#"(component (core module (func (export "_start"))))"#);
         assert_eq!((nested.form, nested.shape, nested.functions), (Form::Component, None, 1));
     }

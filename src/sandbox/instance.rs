@@ -9,7 +9,7 @@ use rustix::{
     time::{ClockId, clock_gettime},
 };
 use wasmtime::{
-    AsContextMut, Engine, ExternType, ResourceLimiter, Store, Trap, UpdateDeadline, WasmBacktrace,
+    AsContextMut, Engine, ExternType, GcHeapOutOfMemory, ResourceLimiter, Store, Trap, UpdateDeadline, WasmBacktrace,
     component::{Linker, ResourceTable, ResourceTableError},
 };
 use wasmtime_wasi::{FsPerms, I32Exit, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView, p1::WasiP1Ctx};
@@ -387,7 +387,8 @@ fn end_of(error: &wasmtime::Error, limits: &Limits) -> End {
     if let Some(I32Exit(code)) = error.downcast_ref() {
         return End::Exited { code: *code };
     }
-    if error.downcast_ref::<OutOfMemory>().is_some() {
+    // what is thrown lies in a heap of the engine's, which grows within the guest's memory
+    if error.is::<OutOfMemory>() || error.is::<GcHeapOutOfMemory<()>>() {
         return End::Limit { limit: LimitKind::Memory, allowed: limits.memory.to_string() };
     }
     if error.downcast_ref::<ReaderGone>().is_some() {

@@ -309,6 +309,34 @@ fn a_core_module_reads_a_large_file_at_once() {
     folder.wrun(["run", "--dir", "data", HOSTILE_COMMAND_P1, "--", "read", "data/large"]).run().code(0).stdout(&text);
 }
 
+/// As C++ does. What is thrown lies in a heap of the engine's.
+#[test]
+fn a_guest_may_throw_and_what_it_keeps_of_that_is_its_memory() {
+    let throwing = |body: &str| Component {
+        definitions: "(tag $e (param i32)) (table $kept 50001 exnref) (func $throw (throw $e (i32.const 1)))".into(),
+        body: body.into(),
+        ..Component::default()
+    };
+    let caught = "(drop (block $caught (result i32)
+        (try_table (catch $e $caught) (call $throw))
+        (unreachable)))";
+    throwing(&times(200_000, caught)).passes();
+    throwing("(call $throw)").traps("thrown Wasm exception");
+
+    // some 40 bytes each, beside the 64 MiB that it begins with
+    let kept = throwing(&times(
+        50_000,
+        "(table.set $kept (local.get $n) (block $caught (result exnref)
+            (try_table (catch_all_ref $caught) (call $throw))
+            (unreachable)))",
+    ));
+    kept.run(&["--memory", "72MiB"]).code(0).stderr("");
+    kept.run(&["--memory", "65MiB"]).code(137).stderr("wrun: `guest.wat` hit the memory limit of 65MiB\n");
+    let task = kept.pool(&["--memory", "65MiB"]).stdin("1\n").run().code(0).stdout_json();
+    assert_eq!((&task["error"]["kind"], &task["error"]["limit"]), (&json!("limit"), &json!("memory")), "{task}");
+    kept.pool(&["--memory", "72MiB"]).stdin("1\n2\n").run().code(0).stdout("{\"line\":1}\n{\"line\":2}\n");
+}
+
 #[test]
 fn random_bytes_come_a_mebibyte_at_a_time() {
     let words = "requested len 1048577 exceeds limit 1048576";
