@@ -218,7 +218,13 @@ mod tests {
 
     #[test]
     fn the_corpus_of_guests_passes() {
-        corpus("guests", guest);
+        // what stands there as text is a binary, too
+        corpus("guests", |bytes| {
+            guest(bytes);
+            if let Ok(wasm) = binary(bytes.to_vec()) {
+                guest(&wasm);
+            }
+        });
     }
 
     #[test]

@@ -10,15 +10,14 @@ use serde::{Deserialize, Serialize};
 use super::{enter, exit_with_primary};
 use crate::{
     grant::Grants,
-    limits::{Bytes, Limits},
-    message::Message,
+    limits::Limits,
     outcome::{Outcome, Usage},
     process::{
         Jail,
         child::{Out, Start, report_panics},
         wire::Kind,
     },
-    sandbox::{Code, EngineSpec, Identity, Inspection, LoadError, Mapped, Setup, Shape, Stdio},
+    sandbox::{Code, EngineSpec, Inspection, LoadError, Mapped, Setup, Shape},
 };
 
 /// What a command is told.
@@ -76,18 +75,7 @@ fn run(out: &'static Out, config: &str, fds: Vec<OwnedFd>) -> Result<Outcome, Lo
     out.finish();
     exit_with_primary(out).map_err(|error| broken(error.to_string()))?;
     let sandbox = mapped.link(&code.inspection, Shape::Command)?;
-    let name = config.args.first().cloned().unwrap_or_default();
-    let setup = Arc::new(Setup {
-        grants: config.grants,
-        limits: config.limits,
-        identity: Identity { id: 1, count: 1, generation: 1, name, process: true },
-        data: Message::null(),
-        args: config.args,
-        stdio: Stdio::Inherit,
-        outbox: None,
-        shares_thread: false,
-        head_max: Bytes(0),
-    });
+    let setup = Arc::new(Setup::of_command(config.grants, config.limits, config.args, true));
     let outcome = runtime.block_on(sandbox.run(&setup));
     // a thread may still sit in a read of standard input: nobody waits for it
     runtime.shutdown_background();

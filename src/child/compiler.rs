@@ -6,7 +6,7 @@ use std::{
     io::{Read, Seek, SeekFrom, Write},
     num::NonZero,
     os::fd::AsFd,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Instant,
 };
 
@@ -98,7 +98,7 @@ pub(super) fn main(start: Start) -> i32 {
 pub(crate) struct Compiler {
     /// The program that children are made of.
     pub(crate) program: Program,
-    /// What is between them and the host.
+    /// What is between guests and the host. Compilers are processes always, and give up without a wall if guests do.
     pub(crate) isolation: Isolation,
     /// What bounds them.
     pub(crate) limits: CompileLimits,
@@ -115,25 +115,22 @@ impl Compiler {
             .map_err(|_| LoadError::Invalid { reason: "its compiler does not say what it is".into() }.into())
     }
 
-    /// A guest's code, if it was compiled before.
-    ///
-    /// # Errors
-    /// When there is no such engine.
-    pub(crate) fn find(cache: &Cache, spec: EngineSpec, guest: &Guest) -> Result<Option<Code>, Error> {
-        Ok(entry(cache, spec, guest)?.as_deref().and_then(Cache::find))
-    }
-
-    /// A guest's code: found, or compiled and kept.
+    /// A guest's code: found at its entry, or compiled and kept there.
     ///
     /// # Errors
     /// When the guest is not valid or cannot be linked, or there is no room for the child or the code.
-    pub(crate) async fn load(&self, cache: &Cache, spec: EngineSpec, guest: &Guest) -> Result<(Code, Source), Error> {
-        if let Some(code) = Self::find(cache, spec, guest)? {
+    pub(crate) async fn load(
+        &self,
+        entry: Option<&Path>,
+        spec: EngineSpec,
+        guest: &Guest,
+    ) -> Result<(Code, Source), Error> {
+        if let Some(code) = entry.and_then(Cache::find) {
             tracing::debug!("`{}` was compiled before", guest.name);
             return Ok((code, Source::Cache));
         }
         let packed = self.compile(spec, guest).await?;
-        let code = Cache::keep(entry(cache, spec, guest)?.as_deref(), &packed);
+        let code = Cache::keep(entry, &packed);
         Ok((code.map_err(Error::io("keep the compiled guest"))?, Source::Compiler))
     }
 
@@ -220,7 +217,10 @@ impl Compiler {
 }
 
 /// Where a guest's code is kept; none when it is not.
-fn entry(cache: &Cache, spec: EngineSpec, guest: &Guest) -> Result<Option<PathBuf>, Error> {
+///
+/// # Errors
+/// When there is no such engine.
+pub(crate) fn entry(cache: &Cache, spec: EngineSpec, guest: &Guest) -> Result<Option<PathBuf>, Error> {
     // code does not depend on the room that its instances will have
     let engine = EngineSpec { pool: None, ..spec }.engine().map_err(|error| Error::Usage(format!("{error:#}")))?;
     Ok(cache.entry(&engine, guest))

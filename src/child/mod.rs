@@ -12,7 +12,7 @@ mod worker;
 pub(crate) use self::http::framing;
 pub(crate) use self::{
     command::CommandConfig,
-    compiler::Compiler,
+    compiler::{Compiler, entry},
     http::ListenConfig,
     trial::{Scene, Trial, Tried, attempt_aside, live_on},
     worker::{WorkerConfig, jail_of},

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::{
     Error,
-    child::Compiler,
+    child::{Compiler, entry},
     limits::{CompileLimits, Limits},
     process::{Isolation, Program, runtime},
     sandbox::{Cache, EngineSpec, Guest, Source, write_whole},
@@ -72,12 +72,10 @@ impl Compile {
     /// Inside of a tokio runtime: it blocks.
     pub fn into_cache(self, cache: &Cache) -> Result<(PathBuf, Source), Error> {
         let spec = self.spec();
-        let engine = spec.engine().map_err(|error| Error::Usage(format!("{error:#}")))?;
         let guest = Guest::read(&self.guest)?;
-        let entry = cache
-            .entry(&engine, &guest)
+        let entry = entry(cache, spec, &guest)?
             .ok_or_else(|| Error::Usage("there is no cache to compile into; give a file with `-o`".into()))?;
-        let (_, source) = runtime()?.block_on(self.compiler.load(cache, spec, &guest))?;
+        let (_, source) = runtime()?.block_on(self.compiler.load(Some(&entry), spec, &guest))?;
         if entry.exists() {
             return Ok((entry, source));
         }

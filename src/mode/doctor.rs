@@ -85,7 +85,7 @@ pub struct Checkup {
     pub checks: Vec<Check>,
 }
 
-use Guard::{Landlock, Limits, Namespaces, Privileges, Seccomp};
+use Guard::{Landlock, Limits, Namespaces, Privileges, Seccomp, Start};
 
 /// What is tried, in words, and the walls that must each stop it alone.
 const TRIALS: &[(Trial, &str, &[Guard])] = &[
@@ -175,10 +175,10 @@ async fn check(
     const ALL: [Wall; 3] = [Wall::Landlock, Wall::Seccomp, Wall::Privileges];
     let walls = |keep: Option<Wall>| ALL.into_iter().filter(|wall| Some(*wall) != keep).collect::<Vec<_>>();
     let wall = match guard {
-        Guard::Landlock => Some(Wall::Landlock),
-        Guard::Seccomp => Some(Wall::Seccomp),
-        Guard::Privileges => Some(Wall::Privileges),
-        Guard::Limits | Guard::Start | Guard::Namespaces => None,
+        Landlock => Some(Wall::Landlock),
+        Seccomp => Some(Wall::Seccomp),
+        Privileges => Some(Wall::Privileges),
+        Limits | Start | Namespaces => None,
     };
     let of = |verdict, found| Ok(Check { what, guard, verdict, found });
     if wall.is_some() {
@@ -194,20 +194,20 @@ async fn check(
     }
     stage.tidy();
     let mut jail = stage.jail(&walls(wall));
-    if guard == Guard::Seccomp {
+    if guard == Seccomp {
         // without a folder nothing is opened at all
         jail.dirs.clear();
     }
-    if guard == Guard::Namespaces {
+    if guard == Namespaces {
         jail.namespaces = true;
         jail.dirs.clear();
     }
     match attempt_aside(program, trial, &stage.scene, jail).await? {
-        (Tried::Done, _) if guard == Guard::Namespaces => {
+        (Tried::Done, _) if guard == Namespaces => {
             of(Verdict::Unproven, "root is not held to it, or this system has none".into())
         }
         (_, Some(missing)) => of(Verdict::Failed, missing),
-        (Tried::Done, _) if guard == Guard::Landlock && OF_LATER_LANDLOCK.contains(&trial) => {
+        (Tried::Done, _) if guard == Landlock && OF_LATER_LANDLOCK.contains(&trial) => {
             of(Verdict::Unproven, "this kernel's Landlock does not know it (Linux 6.12 and later do)".into())
         }
         (Tried::Done, _) => of(Verdict::Failed, "it worked".into()),
@@ -269,7 +269,7 @@ async fn look_at_one(program: &Program, stage: &Stage) -> Result<Vec<Check>, Err
         ),
         held(
             "has a session of its own and no terminal",
-            Guard::Start,
+            Start,
             session == child.pid().to_string() && terminal == "0",
             format!("session {session}, terminal {terminal}"),
         ),
@@ -279,10 +279,10 @@ async fn look_at_one(program: &Program, stage: &Stage) -> Result<Vec<Check>, Err
             verdict: if own_network { Verdict::Held } else { Verdict::Unproven },
             found: if own_network { "another ns/net".into() } else { "this system does not let it".into() },
         },
-        held("inherits no variable", Guard::Start, variables == 0, format!("{variables} variables")),
+        held("inherits no variable", Start, variables == 0, format!("{variables} variables")),
         held(
             "inherits no descriptor",
-            Guard::Start,
+            Start,
             (1..=DESCRIPTORS).contains(&open),
             format!("{open} descriptors: its socket, its counters, and two that lead nowhere"),
         ),
@@ -307,7 +307,7 @@ fn outlived(program: &Program, stage: &Stage) -> Result<Check, Error> {
         Some(end) => (Verdict::Failed, end.to_string()),
         None => (Verdict::Failed, "it lives on".to_owned()),
     };
-    Ok(Check { what: "live on without its parent", guard: Guard::Start, verdict, found })
+    Ok(Check { what: "live on without its parent", guard: Start, verdict, found })
 }
 
 /// What children try to reach: a folder that is granted and one that is not, a port, an abstract socket. It is gone when

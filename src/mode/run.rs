@@ -10,15 +10,12 @@ use std::{
 
 use crate::{
     Error,
-    child::{CommandConfig, Compiler, jail_of},
+    child::{CommandConfig, Compiler, entry, jail_of},
     grant::Grants,
     limits::{Bytes, CompileLimits, Limits},
-    message::Message,
     outcome::{End, LimitKind, Outcome, Stage, Usage},
     process::{Isolation, Process, Program, Role, runtime, wire::Kind},
-    sandbox::{
-        Cache, Code, EngineSpec, Guest, Identity, LoadError, Mapped, Sandbox, Setup, Shape, Stdio, cpu_ms, open_file,
-    },
+    sandbox::{Cache, Code, EngineSpec, Guest, LoadError, Mapped, Sandbox, Setup, Shape, cpu_ms, open_file},
 };
 
 /// What to run, and how.
@@ -41,9 +38,7 @@ pub struct Run {
     limits: Limits,
     cache: Cache,
     precompiled: bool,
-    isolation: Isolation,
-    compile: CompileLimits,
-    program: Program,
+    compiler: Compiler,
 }
 
 /// How a deadline ends a guest that computes.
@@ -64,9 +59,11 @@ impl Run {
             limits: Limits::of_a_run(),
             cache: Cache::at(None),
             precompiled: false,
-            isolation: Isolation::Thread,
-            compile: CompileLimits::default(),
-            program: Program::Own,
+            compiler: Compiler {
+                program: Program::Own,
+                isolation: Isolation::Thread,
+                limits: CompileLimits::default(),
+            },
         }
     }
 
@@ -103,19 +100,19 @@ impl Run {
 
     /// What is between the guest and the host; default [`Isolation::Thread`].
     pub fn isolation(mut self, isolation: Isolation) -> Self {
-        self.isolation = isolation;
+        self.compiler.isolation = isolation;
         self
     }
 
     /// What bounds its compilation.
     pub fn compile_limits(mut self, limits: CompileLimits) -> Self {
-        self.compile = limits;
+        self.compiler.limits = limits;
         self
     }
 
     /// The program that children are made of, when it is not this one: a `wrun` of the same version.
     pub fn program(mut self, path: impl Into<PathBuf>) -> Self {
-        self.program = Program::At(path.into());
+        self.compiler.program = Program::At(path.into());
         self
     }
 
@@ -146,13 +143,13 @@ impl Run {
     }
 
     fn run_with(self, interrupt: Interrupt) -> Result<Outcome, Error> {
-        if !self.program.is_prepared() {
+        if !self.compiler.program.is_prepared() {
             return Err(Error::Usage(
                 "call `wrun::init()` first thing in `main`: guests are compiled by this program, started again".into(),
             ));
         }
         self.grants.check().map_err(LoadError::from)?;
-        let here = self.isolation == Isolation::Thread;
+        let here = self.compiler.isolation == Isolation::Thread;
         let spec = EngineSpec {
             epoch_checks: here && self.limits.timeout.is_some() && matches!(interrupt, Interrupt::Epoch),
             fuel: self.limits.fuel.is_some(),
@@ -160,35 +157,26 @@ impl Run {
             pool: None,
         };
         let runtime = runtime()?;
-        let name = self.guest.display().to_string();
         let code = if self.precompiled {
             open_precompiled(&self.guest)?
         } else {
-            // whoever runs it without a wall does not want its compilation to fail for lack of one
-            let isolation = if here { Isolation::Process } else { self.isolation };
-            let compiler = Compiler { program: self.program.clone(), isolation, limits: self.compile };
-            runtime.block_on(compiler.load(&self.cache, spec, &Guest::read(&self.guest)?))?.0
+            let guest = Guest::read(&self.guest)?;
+            let entry = entry(&self.cache, spec, &guest)?;
+            runtime.block_on(self.compiler.load(entry.as_deref(), spec, &guest))?.0
         };
-        let args = std::iter::once(name.clone()).chain(self.args).collect();
+        let args = std::iter::once(self.guest.display().to_string()).chain(self.args).collect();
         let outcome = if here {
             let engine = spec.engine().map_err(|error| Error::Usage(format!("{error:#}")))?;
             let sandbox = Mapped::of(engine, &code)?.link(&code.inspection, Shape::Command)?;
             let setup = Arc::new(Setup {
-                grants: self.grants,
-                limits: self.limits,
-                identity: Identity { id: 1, count: 1, generation: 1, name, process: false },
-                data: Message::null(),
-                args,
-                stdio: Stdio::Inherit,
-                outbox: None,
                 // its clock waits for that thread when it is ended from inside
                 shares_thread: spec.epoch_checks,
-                head_max: Bytes(0),
+                ..Setup::of_command(self.grants, self.limits, args, false)
             });
             runtime.block_on(run_until(&sandbox, &setup, interrupt))
         } else {
             let mut jail = jail_of(
-                self.isolation,
+                self.compiler.isolation,
                 (&self.grants, &self.limits),
                 (&spec, 1),
                 (&code.inspection, code.size().map_err(Error::io("look at the compiled guest"))?),
@@ -208,7 +196,7 @@ impl Run {
                 args,
                 jail,
             };
-            runtime.block_on(run_aside(&self.program, &config, &code))?
+            runtime.block_on(run_aside(&self.compiler.program, &config, &code))?
         };
         // a thread may still sit in a read of standard input: nobody waits for it
         runtime.shutdown_background();

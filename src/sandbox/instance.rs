@@ -55,6 +55,24 @@ pub(crate) struct Setup {
     pub(crate) head_max: limits::Bytes,
 }
 
+impl Setup {
+    /// Of a command, with the standard streams of its process; its arguments begin with its own name.
+    pub(crate) fn of_command(grants: Grants, limits: Limits, args: Vec<String>, process: bool) -> Self {
+        let name = args.first().cloned().unwrap_or_default();
+        Self {
+            grants,
+            limits,
+            identity: Identity { id: 1, count: 1, generation: 1, name, process },
+            data: Message::null(),
+            args,
+            stdio: Stdio::Inherit,
+            outbox: None,
+            shares_thread: false,
+            head_max: limits::Bytes(0),
+        }
+    }
+}
+
 /// What the host keeps for one instance.
 pub(crate) struct State {
     wasi: Wasi,

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     Error,
-    child::{Compiler, ListenConfig, WorkerConfig, jail_of},
+    child::{Compiler, ListenConfig, WorkerConfig, entry, jail_of},
     event::Event,
     grant::Grants,
     limits::{Bytes, CompileLimits, HttpLimits, Limits},
@@ -88,12 +88,10 @@ pub enum Balance {
 pub struct Builder {
     guest: PathBuf,
     workers: u32,
-    program: Program,
+    compiler: Compiler,
     cache: Cache,
     grants: Grants,
     pub(super) limits: Limits,
-    isolation: Isolation,
-    compile: CompileLimits,
     data: Message,
     life: Option<InstanceLife>,
     reuse: Option<u64>,
@@ -119,12 +117,14 @@ impl Builder {
         Self {
             guest,
             workers: std::thread::available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(1)),
-            program: Program::Own,
+            compiler: Compiler {
+                program: Program::Own,
+                isolation: Isolation::Process,
+                limits: CompileLimits::default(),
+            },
             cache: Cache::at(None),
             grants: Grants::default(),
             limits: Limits::of_a_task(),
-            isolation: Isolation::Process,
-            compile: CompileLimits::default(),
             data: Message::null(),
             life: None,
             reuse: None,
@@ -154,7 +154,7 @@ impl Builder {
 
     /// The program that workers are made of, when it is not this one: a `wrun` of the same version.
     pub fn program(mut self, path: impl Into<PathBuf>) -> Self {
-        self.program = Program::At(path.into());
+        self.compiler.program = Program::At(path.into());
         self
     }
 
@@ -178,13 +178,13 @@ impl Builder {
 
     /// What is between a worker and the host; default [`Isolation::Process`]. A pool has no [`Isolation::Thread`].
     pub fn isolation(mut self, isolation: Isolation) -> Self {
-        self.isolation = isolation;
+        self.compiler.isolation = isolation;
         self
     }
 
     /// What bounds the compilation of its guest.
     pub fn compile_limits(mut self, limits: CompileLimits) -> Self {
-        self.compile = limits;
+        self.compiler.limits = limits;
         self
     }
 
@@ -437,15 +437,11 @@ impl Builder {
         let guest = Guest::read(&self.guest)?;
         for listen in [None, Some(SocketAddr::from(([127, 0, 0, 1], 0)))] {
             let spec = Self { listen, ..self.clone() }.engine(1);
-            if let Some(code) = Compiler::find(&self.cache, spec, &guest)? {
+            if let Some(code) = entry(&self.cache, spec, &guest)?.as_deref().and_then(Cache::find) {
                 return Ok(code.inspection.shape);
             }
         }
-        self.compiler().shape(&guest).await
-    }
-
-    fn compiler(&self) -> Compiler {
-        Compiler { program: self.program.clone(), isolation: self.isolation, limits: self.compile }
+        self.compiler.shape(&guest).await
     }
 
     fn watch(&self) -> Watch {
@@ -482,7 +478,9 @@ impl Builder {
     pub(super) async fn launch(&self, port: Option<Arc<Port>>) -> Result<Launch, Error> {
         let guest = Guest::read(&self.guest)?;
         let name = guest.name.clone();
-        let (code, _) = self.compiler().load(&self.cache, self.engine(1), &guest).await?;
+        let spec = self.engine(1);
+        let entry = entry(&self.cache, spec, &guest)?;
+        let (code, _) = self.compiler.load(entry.as_deref(), spec, &guest).await?;
         let inspection = code.inspection.clone();
         let (found, form) = (inspection.shape, inspection.form);
         let fits = match found {
@@ -519,7 +517,7 @@ impl Builder {
         });
         let size = code.size().map_err(Error::io("look at the compiled guest"))?;
         let jail = jail_of(
-            self.isolation,
+            self.compiler.isolation,
             (&self.grants, &self.limits),
             (&engine, concurrency),
             (&inspection, size),
@@ -542,7 +540,7 @@ impl Builder {
             jail,
         };
         let body_max = u32::try_from(self.limits.message_max.0).unwrap_or(u32::MAX).saturating_add(FRAME_SLACK);
-        let program = self.program.clone();
+        let program = self.compiler.program.clone();
         Ok(Box::new(move |worker, generation| {
             (config.identity.id, config.identity.generation) = (worker, generation);
             let start = |fds: &[BorrowedFd<'_>]| Process::start(&program, Role::Worker, &config, fds, body_max);
@@ -557,10 +555,10 @@ impl Builder {
 
     fn check(&self) -> Result<(), Error> {
         let usage = |text: &str| Err(Error::Usage(text.into()));
-        if !self.program.is_prepared() {
+        if !self.compiler.program.is_prepared() {
             return usage("call `wrun::init()` first thing in `main`: workers are this program, started again");
         }
-        if self.isolation == Isolation::Thread {
+        if self.compiler.isolation == Isolation::Thread {
             return usage("the workers of a pool are processes: expected `process` or `jail` for their isolation");
         }
         let concurrency = self.concurrency.unwrap_or(1);
