@@ -1,7 +1,8 @@
 //! `wrun doctor`: what stands between a guest and this system, and proof of it.
 //!
 //! Native code is put in a worker's place, with one wall left standing at a time, and tries what no guest should be able
-//! to do. It tries the same with no wall at all first: what does not work even then proves nothing.
+//! to do. Where a wall may have help from elsewhere, it tries the same with no wall at all first: what does not work even
+//! then proves nothing.
 
 use std::{
     fs,
