@@ -24,14 +24,14 @@
 //!        │                    │
 //!        │        supervisor/{slot, restart, worker}     slots of workers: start, watch, drain, replace
 //!        │                    │
-//!        │        process/{wire, page, port, child, jail, filter}    one child process: frames, counters, walls, its end
+//!        │        process/{wire, page, port, child, jail, filter, pidfd, keeper}    one child process: frames, walls, its end
 //!        │                    ┊  (a socket pair)
 //!        │        child/{worker, http/, command, compiler, trial, pulse, output}    what such a process does
 //!        │                    │
 //!   sandbox/{guest, inspect, precheck, instances, code, cache, engine,          the engine, and nothing else
 //!        │   host/, instance, stdio}                                            knows it
 //!        │
-//!   message  outcome  event  grant  limits  error    plain data, used by all
+//!   message  outcome  event  grant  limits  signal  error    plain data, used by all
 //! ```
 //!
 //! A task's way through a pool: a [`cluster`] client hands a [`Message`](message::Message), checked where it entered,
@@ -66,7 +66,7 @@
 //!   comes out.
 //! - Modes tell what happens as [`event`]s and do not print; `report` in the command is the only code that does.
 //! - `unsafe` is in `sandbox/code.rs` (mapping machine code), `process/page.rs` (shared counters), `process/child.rs` (the
-//!   inherited socket and descriptors), `child/http/accept.rs` (the inherited listener) and `child/trial.rs` (system calls
+//!   inherited socket and descriptors), `process/pidfd.rs` (waiting for a process), `child/http/accept.rs` (the inherited listener) and `child/trial.rs` (system calls
 //!   that no guest should be able to make).
 
 #[cfg(not(target_os = "linux"))]
@@ -85,6 +85,7 @@ mod mode;
 pub mod outcome;
 mod process;
 mod sandbox;
+mod signal;
 mod supervisor;
 
 pub use child::init;
@@ -92,4 +93,5 @@ pub use error::{Error, ExitCode};
 pub use mode::*;
 pub use process::Isolation;
 pub use sandbox::{Cache, Form, Guest, Inspection, LoadError, Shape, Source};
+pub use signal::Signal;
 pub use supervisor::Restart;

@@ -7,6 +7,8 @@ use std::{fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
+use crate::signal::Signal;
+
 /// How a run, a task or a worker ended, and what it used.
 ///
 /// As JSON: one flat object, `{"kind":"exited","code":0,"voluntary":false,"wall_ms":12,"cpu_ms":3,"memory_peak":1114112}`;
@@ -177,7 +179,7 @@ impl fmt::Display for End {
             Self::Exited { code } => write!(f, "exited with code {code}"),
             Self::Trapped { trap, .. } => write!(f, "trapped: {trap}"),
             Self::Limit { limit, allowed } => write!(f, "hit the {limit} limit of {allowed}"),
-            Self::Killed { signal } => match signal_name(*signal) {
+            Self::Killed { signal } => match Signal::from_number(*signal) {
                 Some(name) => write!(f, "killed by signal {signal} ({name})"),
                 None => write!(f, "killed by signal {signal}"),
             },
@@ -191,24 +193,6 @@ impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.end.fmt(f)
     }
-}
-
-/// The name of the signals that a worker is likely to die of.
-pub(crate) fn signal_name(signal: i32) -> Option<&'static str> {
-    use rustix::process::Signal;
-    let signal = Signal::from_named_raw(signal)?;
-    Some(match signal {
-        Signal::KILL => "SIGKILL",
-        Signal::TERM => "SIGTERM",
-        Signal::INT => "SIGINT",
-        Signal::SEGV => "SIGSEGV",
-        Signal::ABORT => "SIGABRT",
-        Signal::BUS => "SIGBUS",
-        Signal::ILL => "SIGILL",
-        Signal::SYS => "SIGSYS",
-        Signal::XCPU => "SIGXCPU",
-        _ => return None,
-    })
 }
 
 #[cfg(test)]

@@ -21,12 +21,13 @@ use serde::{Deserialize, Serialize};
 use super::enter;
 use crate::{
     Error,
-    outcome::{End, signal_name},
+    outcome::End,
     process::{
         Jail, Process, Program, Role, Seen, THREADS,
         child::{Out, Start},
         wire::Kind,
     },
+    signal::Signal,
 };
 
 /// What is tried.
@@ -145,22 +146,23 @@ pub(crate) async fn attempt_aside(
         })
         .await;
     let tried = said.unwrap_or_else(|| match end {
-        End::Killed { signal } => {
-            Tried::Killed(signal_name(signal).map_or_else(|| format!("signal {signal}"), str::to_owned))
-        }
+        End::Killed { signal } => Tried::Killed(
+            Signal::from_number(signal).map_or_else(|| format!("signal {signal}"), |signal| signal.to_string()),
+        ),
         end => Tried::NotEntered(format!("its process {end}")),
     });
     Ok((tried, missing))
 }
 
-/// Starts a child that does nothing but live on, and waits until it is inside. It is a child of the thread that calls.
+/// Starts a child that does nothing but live on, and waits until it is inside. The kernel ends it with the thread that
+/// calls.
 ///
 /// # Errors
 /// When there is no room for it.
 pub(crate) async fn live_on(program: &Program, scene: &Scene, jail: Jail) -> Result<Process, Error> {
     let config = TrialConfig { trial: Trial::Live, scene: scene.clone(), jail };
     let mut child =
-        Process::start(program, Role::Trial, &config, &[], 1 << 16).map_err(Error::io("start a process"))?;
+        Process::start_on_this_thread(program, Role::Trial, &config).map_err(Error::io("start a process"))?;
     child.flush();
     let mut ready = false;
     let gone = std::future::poll_fn(|cx| {

@@ -27,7 +27,7 @@ use crate::{
     grant::DirGrant,
     limits::Bytes,
     outcome::End,
-    process::{Bounds, Jail, Process, Program, Purpose, Wall, runtime},
+    process::{Bounds, Jail, Program, Purpose, Wall, runtime},
 };
 
 /// What holds a process.
@@ -299,9 +299,9 @@ fn outlived(program: &Program, stage: &Stage) -> Result<Check, Error> {
     let cannot = Error::io("start a thread");
     let (program, scene, jail) = (program.clone(), stage.scene.clone(), stage.jail(&[]));
     let parent = std::thread::Builder::new()
-        .spawn(move || runtime()?.block_on(async { live_on(&program, &scene, jail).await.map(Process::into_orphan) }))
+        .spawn(move || runtime()?.block_on(live_on(&program, &scene, jail)))
         .map_err(cannot)?;
-    let orphan = parent.join().map_err(|_| Error::Stopped)??;
+    let mut orphan = parent.join().map_err(|_| Error::Stopped)??;
     let ended = orphan.ended_within(FOLLOWS_WITHIN).map_err(Error::io("wait for a process"))?;
     let (verdict, found) = match ended {
         Some(End::Killed { signal: 9 }) => (Verdict::Held, "SIGKILL".to_owned()),

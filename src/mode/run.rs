@@ -116,7 +116,7 @@ impl Run {
         self
     }
 
-    /// Runs the guest to its end, on this thread or in a process that dies with this thread.
+    /// Runs the guest to its end, on this thread or in a process of its own.
     ///
     /// In this process, with a time limit the guest is compiled with checks, at which it is ended; see [`Run::run_or_exit`].
     ///

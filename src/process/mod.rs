@@ -10,7 +10,9 @@
 pub(crate) mod child;
 mod filter;
 mod jail;
+mod keeper;
 mod page;
+mod pidfd;
 pub(crate) mod port;
 pub(crate) mod wire;
 
@@ -18,32 +20,32 @@ use std::{
     future::{Future, poll_fn},
     io::{self, IoSlice},
     os::{
-        fd::BorrowedFd,
-        unix::{net::UnixStream as StdStream, process::ExitStatusExt},
+        fd::{BorrowedFd, OwnedFd},
+        unix::{net::UnixStream as StdStream, process::CommandExt},
     },
     path::PathBuf,
-    process::{ExitStatus, Stdio},
+    process::{Command, Stdio},
     sync::OnceLock,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
     time::Duration,
 };
 
-use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
-    net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sockopt},
-    process::{Pid, PidfdFlags, Signal, WaitOptions},
-};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sockopt};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
-use tokio::{io::AsyncReadExt, net::UnixStream, process::Child, runtime::Runtime};
+use tokio::{io::AsyncReadExt, net::UnixStream, runtime::Runtime};
 
 pub use self::jail::Isolation;
-use self::wire::{Frame, Incoming, Kind, Outgoing, VERSION, WireError};
 pub(crate) use self::{
     jail::{Bounds, Jail, Purpose, THREADS, Wall},
     page::{Board, Page},
+    pidfd::Clock,
 };
-use crate::{Error, outcome::End};
+use self::{
+    pidfd::Pidfd,
+    wire::{Frame, Incoming, Kind, Outgoing, VERSION, WireError},
+};
+use crate::{Error, outcome::End, signal::Signal};
 
 /// The name under which children run.
 const ARG0: &str = "wrun-worker";
@@ -107,7 +109,7 @@ impl Program {
     }
 }
 
-/// What runs on the thread that asks for it, as must all that makes children: they die with the thread that made them.
+/// What runs on the thread that asks for it.
 ///
 /// # Errors
 /// When the system has no descriptor left.
@@ -117,8 +119,7 @@ pub(crate) fn runtime() -> Result<Runtime, Error> {
 
 /// A child process.
 pub(crate) struct Process {
-    pid: u32,
-    child: Child,
+    child: Pidfd,
     socket: UnixStream,
     /// Nothing more is read: it closed its end, or sent what is no frame.
     cut: bool,
@@ -139,14 +140,32 @@ pub(crate) enum Seen {
 }
 
 impl Process {
-    /// Starts a child. Must be called inside of a runtime on a thread that lives as long as the child is wanted: the
-    /// kernel ends it together with the thread that made it.
+    /// Starts a child. Must be called inside of a runtime.
     ///
     /// The descriptors come after that of the page of counters.
     ///
     /// # Errors
     /// When the system has no room for another process.
     pub(crate) fn start(
+        program: &Program,
+        role: Role,
+        config: &impl Serialize,
+        fds: &[BorrowedFd<'_>],
+        body_max: u32,
+    ) -> io::Result<Self> {
+        Self::start_by(Pidfd::spawn, program, role, config, fds, body_max)
+    }
+
+    /// As [`Process::start`], as a child of the thread that calls: the kernel ends it together with that.
+    ///
+    /// # Errors
+    /// When the system has no room for another process.
+    pub(crate) fn start_on_this_thread(program: &Program, role: Role, config: &impl Serialize) -> io::Result<Self> {
+        Self::start_by(Pidfd::spawn_here, program, role, config, &[], 1 << 16)
+    }
+
+    fn start_by(
+        spawn: impl FnOnce(Command) -> io::Result<Pidfd>,
         program: &Program,
         role: Role,
         config: &impl Serialize,
@@ -164,15 +183,9 @@ impl Process {
             Program::Own => PathBuf::from("/proc/self/exe"),
             Program::At(path) => path.clone(),
         };
-        let child = tokio::process::Command::new(path)
-            .arg0(ARG0)
-            .env_clear()
-            .stdin(Stdio::from(std::os::fd::OwnedFd::from(theirs)))
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .kill_on_drop(true)
-            .spawn()?;
-        let pid = child.id().expect("not waited for yet");
+        let mut command = Command::new(path);
+        command.arg0(ARG0).env_clear().stdin(OwnedFd::from(theirs)).stdout(Stdio::null()).stderr(Stdio::null());
+        let child = spawn(command)?;
 
         let hello = Hello {
             version: VERSION,
@@ -194,7 +207,6 @@ impl Process {
 
         ours.set_nonblocking(true)?;
         Ok(Self {
-            pid,
             child,
             socket: UnixStream::from_std(ours)?,
             cut: false,
@@ -206,7 +218,7 @@ impl Process {
 
     /// Its process id.
     pub(crate) fn pid(&self) -> u32 {
-        self.pid
+        self.child.id()
     }
 
     /// Its counters.
@@ -234,33 +246,49 @@ impl Process {
         }
     }
 
-    /// Ends it now.
+    /// Ends it now, if it is still there.
     pub(crate) fn kill(&mut self) {
-        // fails when it is dead already
-        let _ = self.child.start_kill();
+        self.signal(Signal::KILL);
     }
 
-    /// Lets go of it without ending it. Our end of its socket stays open.
-    pub(crate) fn into_orphan(self) -> Orphan {
-        let pid = Pid::from_raw(self.pid.cast_signed()).expect("a process has a number");
-        std::mem::forget(self);
-        Orphan(pid)
+    /// Sends it a signal; whether it was still there.
+    pub(crate) fn signal(&self, signal: Signal) -> bool {
+        self.child.signal(signal)
+    }
+
+    /// Starts its time: the signal after `limit`, and SIGKILL after `grace` more.
+    ///
+    /// # Errors
+    /// When the system has no room for another thread.
+    pub(crate) fn time(&self, limit: Duration, signal: Signal, grace: Duration) -> io::Result<Clock> {
+        self.child.time(limit, signal, grace)
+    }
+
+    /// How it ended, if it does within this time, for which this waits on its thread.
+    ///
+    /// # Errors
+    /// When the system has no memory left.
+    pub(crate) fn ended_within(&mut self, time: Duration) -> io::Result<Option<End>> {
+        self.child.ended_within(time)
     }
 
     /// Hands every frame to `take` until the process is gone; one that is not within this time is killed. How it ended,
     /// and whether it was out of time.
-    pub(crate) async fn finish(mut self, within: Option<Duration>, mut take: impl FnMut(Frame<'_>)) -> (End, bool) {
+    pub(crate) async fn finish(mut self, within: Option<Duration>, take: impl FnMut(Frame<'_>)) -> (End, bool) {
+        let clock = within.map(|within| self.time(within, Signal::KILL, Duration::ZERO)).transpose();
+        // without a clock it would not end in time
+        let clock = clock.unwrap_or_else(|_| {
+            self.kill();
+            None
+        });
+        let end = self.wait(take).await;
+        (end, clock.is_some_and(|clock| clock.has_fired()))
+    }
+
+    /// Hands every frame to `take` until the process is gone. How it ended. Cancel-safe.
+    pub(crate) async fn wait(&mut self, mut take: impl FnMut(Frame<'_>)) -> End {
         self.flush();
-        let mut deadline = std::pin::pin!(within.map(tokio::time::sleep));
-        let mut out_of_time = false;
-        let end = poll_fn(|cx| {
-            if let Some(deadline) = deadline.as_mut().as_pin_mut()
-                && !out_of_time
-                && deadline.poll(cx).is_ready()
-            {
-                out_of_time = true;
-                self.kill();
-            }
+        poll_fn(|cx| {
             loop {
                 match self.poll(cx, &mut take) {
                     Poll::Ready(Seen::Gone(end)) => return Poll::Ready(end),
@@ -269,8 +297,7 @@ impl Process {
                 }
             }
         })
-        .await;
-        (end, out_of_time)
+        .await
     }
 
     /// Hands every frame that has come to `take`, writes what waits, and sees whether the process is gone. It is not
@@ -323,34 +350,7 @@ impl Process {
         }
         // one that is exiting does not feel this any more; one that only closed its end, or lies, has nothing to live for
         self.kill();
-        let status = ready!(std::pin::pin!(self.child.wait()).poll(cx));
-        let signal = || status.as_ref().ok().and_then(ExitStatus::signal).unwrap_or(Signal::KILL.as_raw());
-        Poll::Ready(Seen::Gone(match status.as_ref().ok().and_then(ExitStatus::code) {
-            Some(code) => End::Exited { code },
-            None => End::Killed { signal: signal() },
-        }))
-    }
-}
-
-/// A child whose thread is gone, as seen by the rest of its process: all that is left of it is its end.
-pub(crate) struct Orphan(Pid);
-
-impl Orphan {
-    /// How it ended, if it does within this time. It is killed otherwise.
-    ///
-    /// # Errors
-    /// When the system has no descriptor left to wait with.
-    pub(crate) fn ended_within(self, time: Duration) -> io::Result<Option<End>> {
-        let ends = rustix::process::pidfd_open(self.0, PidfdFlags::empty())?;
-        let time = Timespec::try_from(time).ok();
-        let ended = poll(&mut [PollFd::new(&ends, PollFlags::IN)], time.as_ref())? == 1;
-        // a second time is no harm
-        rustix::process::kill_process(self.0, Signal::KILL)?;
-        let status = rustix::process::waitpid(Some(self.0), WaitOptions::empty())?.map(|(_, status)| status);
-        Ok(status.filter(|_| ended).map(|status| match status.exit_status() {
-            Some(code) => End::Exited { code },
-            None => End::Killed { signal: status.terminating_signal().unwrap_or(Signal::KILL.as_raw()) },
-        }))
+        self.child.poll_end(cx).map(Seen::Gone)
     }
 }
 

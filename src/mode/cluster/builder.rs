@@ -331,7 +331,6 @@ impl Builder {
     /// address cannot be listened on, no worker gets ready, or [`init`](crate::init) was not called first.
     pub async fn start(self) -> Result<Cluster, Error> {
         let (started, ready) = oneshot::channel();
-        // The kernel ends workers together with the thread that made them, so that thread is the pool's own.
         let thread = std::thread::Builder::new()
             .name("wrun-pool".into())
             .spawn(move || {
@@ -364,8 +363,7 @@ impl Builder {
     /// As [`Builder::start`], for a program that lets the pool run on its own thread: nothing moves unless the future
     /// that comes with it is polled. It resolves when the pool has ended.
     ///
-    /// A task then costs no more than the wake-ups of the worker and of this thread. But the kernel ends the workers
-    /// together with this thread, so it must live as long as they are wanted.
+    /// A task then costs no more than the wake-ups of the worker and of this thread.
     ///
     /// # Errors
     /// As [`Builder::start`].
