@@ -115,6 +115,8 @@ pub enum ExitCode {
     PoolFailed = 70,
     /// The address to listen on is in use.
     AddressInUse = 98,
+    /// A limit that has no code of its own, or what was said to a guest or by it is no message.
+    Limit = 123,
     /// wrun could not do it: the machine refused.
     Cannot = 125,
     /// The guest is not runnable.

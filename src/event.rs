@@ -5,7 +5,8 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use serde::{Deserialize, Serialize};
+use base64::Engine as _;
+use serde::{Deserialize, Serialize, Serializer, ser::SerializeMap};
 
 use crate::{message::Message, outcome::Outcome};
 
@@ -60,6 +61,15 @@ pub enum Event {
         /// The line without its end; bytes that are not UTF-8 are replaced.
         line: String,
     },
+    /// A guest printed, and its output is handed on as it comes.
+    Chunk {
+        /// Its slot.
+        worker: WorkerId,
+        /// Where to.
+        stream: Stream,
+        /// What.
+        data: Data,
+    },
     /// A guest printed more than it may, and what came after that was dropped.
     Drop {
         /// Its slot.
@@ -82,6 +92,11 @@ pub enum Event {
         tasks: u64,
         /// How it ended.
         outcome: Outcome,
+    },
+    /// A worker is gone, and all that it printed has been handed on.
+    Close {
+        /// Its slot.
+        worker: WorkerId,
     },
     /// A worker will be started in the place of one that is gone.
     Restart {
@@ -165,6 +180,21 @@ pub struct AccessRecord {
     /// Why it was refused before it was a request.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,
+}
+
+/// Bytes that a guest printed. As JSON a string, or `{"base64":"…"}` when they are not UTF-8.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Data(pub Vec<u8>);
+
+impl Serialize for Data {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if let Ok(text) = std::str::from_utf8(&self.0) {
+            return serializer.serialize_str(text);
+        }
+        let mut map = serializer.serialize_map(Some(1))?;
+        map.serialize_entry("base64", &base64::engine::general_purpose::STANDARD.encode(&self.0))?;
+        map.end()
+    }
 }
 
 /// Where a guest printed.

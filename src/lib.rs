@@ -7,6 +7,8 @@
 //! | to | use |
 //! | --- | --- |
 //! | run one command guest in the foreground | [`Run`] |
+//! | start one in a process of its own, with streams | [`Command`], [`exec`] |
+//! | start one with a mailbox | [`fork`], [`Command::fork`] |
 //! | keep a pool of handler guests, and give it tasks | [`Cluster`] |
 //! | serve a port with a pool of http guests or handlers | [`Cluster`], [`listen`](cluster::Builder::listen) |
 //! | feed JSON lines to a pool | [`cluster::lines`] |
@@ -20,18 +22,19 @@
 //!   main, cli, report                the command: parse, run one mode, print, exit
 //!        │
 //!   mode/                            one file or folder per mode; no mode knows another
-//!     run  compile  inspect  doctor  cluster/{builder; dispatch, pool, lines; server, serve}
+//!     command/{run; launch, child, fork, blocking, foreground}  compile  inspect  doctor
+//!     cluster/{builder; dispatch, pool, lines; server, serve}
 //!        │                    │
 //!        │        supervisor/{slot, restart, worker}     slots of workers: start, watch, drain, replace
 //!        │                    │
 //!        │        process/{wire, page, port, child, jail, filter, pidfd, keeper}    one child process: frames, walls, its end
 //!        │                    ┊  (a socket pair)
-//!        │        child/{worker, http/, command, compiler, trial, pulse, output}    what such a process does
+//!        │        child/{worker, http/, command, mailbox, compiler, trial, pulse, output}    what such a process does
 //!        │                    │
 //!   sandbox/{guest, inspect, precheck, instances, code, cache, engine,          the engine, and nothing else
 //!        │   host/, instance, stdio}                                            knows it
 //!        │
-//!   message  outcome  event  grant  limits  signal  error    plain data, used by all
+//!   message  outcome  event  grant  limits  signal  lines  error    plain data, used by all
 //! ```
 //!
 //! A task's way through a pool: a [`cluster`] client hands a [`Message`](message::Message), checked where it entered,
@@ -47,6 +50,10 @@
 //! A guest's way: its bytes go to a compiler, a child with bounds of its own ([`limits::CompileLimits`]), and come back
 //! as code, which the primary keeps and never looks into. A worker maps the code, closes the jail behind itself
 //! (`process/jail`), and only then links and starts the guest.
+//!
+//! A message's way to a child with a mailbox: [`Fork::send`] puts it into a buffer that is bounded, a task gives that to
+//! the socket, and the child reads the socket when its guest asks for a message, and not before. So a slow guest fills
+//! first the socket and then the buffer, and its parent is told. The same holds the other way.
 //!
 //! # Invariants
 //!
@@ -80,6 +87,7 @@ pub mod event;
 pub mod fuzz;
 pub mod grant;
 pub mod limits;
+mod lines;
 pub mod message;
 mod mode;
 pub mod outcome;

@@ -9,6 +9,7 @@ use clap::Parser;
 use wrun::{
     Compile, Error, Run, Shape,
     cluster::{End, lines, serve},
+    command::foreground::{self, Forked, Form},
     doctor::Checkup,
     event::Event,
     limits::Bytes,
@@ -16,7 +17,7 @@ use wrun::{
 };
 
 use crate::{
-    cli::{Cli, ClusterArgs, Command, CompileArgs, RunArgs},
+    cli::{Cli, ClusterArgs, Command, CompileArgs, ExecArgs, ForkArgs, LogFormat, RunArgs, SpawnArgs},
     report::{EventLog, Printer},
 };
 
@@ -27,6 +28,9 @@ fn main() -> ExitCode {
     let printer = Printer { format: cli.log_format };
     let done = match cli.command {
         Command::Run(args) => run(args, printer),
+        Command::Spawn(args) => spawn(*args, printer),
+        Command::Exec(args) => exec(*args, printer),
+        Command::Fork(args) => fork(*args, printer),
         Command::Cluster(args) => cluster(*args, printer),
         Command::Inspect(args) => wrun::inspect(&args.guest).map(|found| {
             report::inspection(&found, args.json);
@@ -90,6 +94,47 @@ impl OutcomeReport {
         }
         outcome.end.exit_code()
     }
+}
+
+fn spawn(args: SpawnArgs, printer: Printer) -> Result<u8, Error> {
+    let guest = args.child.guest.clone();
+    let form = if args.json { Form::Json } else { Form::Raw };
+    let outcome = foreground::spawn(&mut args.command()?, form)?;
+    if form == Form::Raw {
+        printer.outcome(&guest, &outcome);
+    }
+    Ok(outcome.end.exit_code())
+}
+
+fn exec(args: ExecArgs, printer: Printer) -> Result<u8, Error> {
+    let (guest, as_json) = (args.child.guest.clone(), args.json);
+    let output = foreground::exec(&mut args.command()?)?;
+    report::output(&output, as_json);
+    if !as_json {
+        printer.outcome(&guest, &output.outcome);
+    }
+    Ok(output.outcome.end.exit_code())
+}
+
+fn fork(args: ForkArgs, printer: Printer) -> Result<u8, Error> {
+    let guest = args.child.guest.clone();
+    let cannot = |source| Error::Io { what: "open the log", source };
+    let (log, last_lines) = EventLog::start(printer, None).map_err(cannot)?;
+    let forked = foreground::fork(&mut args.command()?, io::stdin(), io::stdout(), move |event| {
+        // a person wants to know what went wrong, a tool all that happened
+        if printer.format == LogFormat::Json || matches!(event, Event::Error { .. }) {
+            log.tell(&event);
+        }
+    });
+    last_lines.wait();
+    let Forked { outcome, refused } = forked?;
+    if printer.format == LogFormat::Text {
+        printer.outcome(&guest, &outcome);
+    }
+    Ok(match outcome.end.exit_code() {
+        0 if refused > 0 => wrun::ExitCode::Limit as u8,
+        code => code,
+    })
 }
 
 fn cluster(args: ClusterArgs, printer: Printer) -> Result<u8, Error> {

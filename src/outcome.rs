@@ -7,7 +7,10 @@ use std::{fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use crate::signal::Signal;
+use crate::{
+    message::{Message, MessageError},
+    signal::Signal,
+};
 
 /// How a run, a task or a worker ended, and what it used.
 ///
@@ -23,6 +26,21 @@ pub struct Outcome {
     /// What it used until then.
     #[serde(flatten)]
     pub usage: Usage,
+}
+
+/// How a task ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Answer {
+    /// The guest's reply.
+    Reply(Message),
+    /// The guest handled it and has no reply.
+    NoReply,
+    /// The guest failed it, for this reason.
+    Error(Message),
+    /// What the guest answered is no message.
+    Invalid(MessageError),
+    /// It ended its instance or its worker: it may have been handled in part.
+    Ended(Outcome),
 }
 
 /// How something ended. The tag is `kind` in JSON.
@@ -106,6 +124,8 @@ pub enum LimitKind {
     Memory,
     /// A reply or message longer than `--message-max`.
     Message,
+    /// More on a standard stream than is collected: `--stdout-max`.
+    Output,
 }
 
 /// What a run used.
@@ -153,7 +173,8 @@ impl End {
             Self::Trapped { .. } => 134,
             Self::Limit { limit: LimitKind::Time | LimitKind::Fuel, .. } => 124,
             Self::Limit { limit: LimitKind::Memory, .. } => 137,
-            Self::Limit { limit: LimitKind::Message, .. } | Self::Failed { stage: Stage::Protocol, .. } => 123,
+            Self::Limit { limit: LimitKind::Message | LimitKind::Output, .. }
+            | Self::Failed { stage: Stage::Protocol, .. } => 123,
             Self::Killed { signal } => u8::try_from(128 + signal).unwrap_or(255),
             Self::Cancelled => 130,
             Self::Failed { stage: Stage::Load | Stage::Compile | Stage::Link, .. } => 126,
@@ -169,6 +190,7 @@ impl fmt::Display for LimitKind {
             Self::Fuel => "fuel",
             Self::Memory => "memory",
             Self::Message => "message",
+            Self::Output => "output",
         })
     }
 }

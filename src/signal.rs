@@ -1,8 +1,13 @@
 //! Signals by their names.
 
-use std::{fmt, str::FromStr};
+use std::{
+    fmt, io,
+    str::FromStr,
+    task::{Context, Poll},
+};
 
 use rustix::process::Signal as Raw;
+use tokio::signal::unix::{Signal as Listener, SignalKind, signal as listen};
 
 /// A signal that a process can be sent, written `SIGTERM`, `TERM` or `15`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -54,6 +59,8 @@ impl Signal {
     pub const HUP: Self = Self(Raw::HUP.as_raw());
     /// What Ctrl-\ sends.
     pub const QUIT: Self = Self(Raw::QUIT.as_raw());
+    /// What a program in a pipe gets whose reader is gone. A guest's process does not feel it: its guest gets an error.
+    pub const PIPE: Self = Self(Raw::PIPE.as_raw());
     /// Stops a process until it is told to go on.
     pub const STOP: Self = Self(Raw::STOP.as_raw());
     /// Lets a stopped process go on.
@@ -94,6 +101,30 @@ impl FromStr for Signal {
 impl fmt::Display for Signal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+/// Those that ask a command to end, while it listens.
+pub(crate) struct Signals {
+    interrupt: Listener,
+    terminate: Listener,
+}
+
+impl Signals {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? })
+    }
+
+    /// The next one that comes.
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<i32> {
+        for (signal, kind) in
+            [(&mut self.interrupt, SignalKind::interrupt()), (&mut self.terminate, SignalKind::terminate())]
+        {
+            if let Poll::Ready(Some(())) = signal.poll_recv(cx) {
+                return Poll::Ready(kind.as_raw_value());
+            }
+        }
+        Poll::Pending
     }
 }
 

@@ -1,26 +1,34 @@
-//! A child that runs one command guest, with the standard streams that it was given.
+//! A child that runs one guest with the standard streams that it was given: a command from start to end, or whatever
+//! answers the messages of its mailbox until that is closed.
 
 use std::{
-    os::fd::{IntoRawFd, OwnedFd},
+    os::{
+        fd::{IntoRawFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use serde::{Deserialize, Serialize};
 
-use super::{enter, exit_with_primary};
+use super::{enter, exit_with_primary, mailbox::Line, pulse::Pulse};
 use crate::{
     grant::Grants,
     limits::Limits,
-    outcome::{Outcome, Usage},
+    message::Message,
+    outcome::{End, LimitKind, Outcome, Usage},
     process::{
-        Jail,
+        Hello, Jail, Page,
         child::{Out, Start, report_panics},
-        wire::Kind,
+        wire::{Incoming, Kind},
     },
-    sandbox::{Code, EngineSpec, Inspection, LoadError, Mapped, Setup, Shape},
+    sandbox::{
+        Answer, Code, Cwd, EngineSpec, Identity, Inspection, LoadError, Mapped, Received, Sandbox, Setup, Shape, cpu_ms,
+    },
 };
 
-/// What a command is told.
+/// What such a child is told.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct CommandConfig {
     /// How its engine is made.
@@ -33,36 +41,59 @@ pub(crate) struct CommandConfig {
     pub(crate) limits: Limits,
     /// Its arguments, its own name first.
     pub(crate) args: Vec<String>,
+    /// Who it is.
+    pub(crate) identity: Identity,
+    /// What `worker.get-data` answers.
+    pub(crate) data: Message,
+    /// The folder that it starts in.
+    pub(crate) cwd: Option<Cwd>,
+    /// Whether its mailbox leads anywhere.
+    pub(crate) mailbox: bool,
     /// What its process may do.
     pub(crate) jail: Jail,
 }
 
+/// How often the thread beside the guest looks whether the primary is there.
+const BEAT: Duration = Duration::from_millis(500);
+
 /// The child. Its code comes on the first descriptor, its standard streams on those after it.
 pub(super) fn main(start: Start) -> i32 {
-    let Start { socket, hello, fds, .. } = start;
+    let Start { socket, hello, fds, incoming } = start;
     let Ok(out) = socket.try_clone().map(Out::new) else { return 125 };
     // lives as long as the process
-    let out: &'static Out = Box::leak(Box::new(out));
+    let out: &'static Arc<Out> = Box::leak(Box::new(Arc::new(out)));
     report_panics(out);
     // descriptor 0 becomes the guest's
+    let from_primary = socket.try_clone();
     let _ = socket.into_raw_fd();
-    let outcome = run(out, hello.config.get(), fds).unwrap_or_else(|error| error.end().with(Usage::default()));
+    let run = from_primary
+        .map_err(|error| LoadError::Invalid { reason: error.to_string() })
+        .and_then(|socket| run(out, (socket, incoming), &hello, fds));
+    let outcome = run.unwrap_or_else(|error| error.end().with(Usage::default()));
     out.push(Kind::Ended, 0, &serde_json::to_vec(&outcome).expect("plain data has a JSON form"));
     out.finish();
     outcome.end.exit_code().into()
 }
 
-fn run(out: &'static Out, config: &str, fds: Vec<OwnedFd>) -> Result<Outcome, LoadError> {
+fn run(
+    out: &'static Arc<Out>,
+    (socket, incoming): (UnixStream, Incoming),
+    hello: &Hello,
+    fds: Vec<OwnedFd>,
+) -> Result<Outcome, LoadError> {
     let broken = |reason: String| LoadError::Invalid { reason };
-    let config: CommandConfig = serde_json::from_str(config).map_err(|error| broken(error.to_string()))?;
-    let mut fds = fds.into_iter().skip(1);
-    let (Some(code), Some(stdin), Some(stdout), Some(stderr)) = (fds.next(), fds.next(), fds.next(), fds.next()) else {
+    let config: CommandConfig = serde_json::from_str(hello.config.get()).map_err(|error| broken(error.to_string()))?;
+    let mut fds = fds.into_iter();
+    let (Some(page), Some(code), Some(stdin), Some(stdout), Some(stderr)) =
+        (fds.next(), fds.next(), fds.next(), fds.next(), fds.next())
+    else {
         return Err(broken("the command got no code or no standard streams".into()));
     };
     rustix::stdio::dup2_stdin(stdin)
         .and_then(|()| rustix::stdio::dup2_stdout(stdout))
         .and_then(|()| rustix::stdio::dup2_stderr(stderr))
         .map_err(|error| broken(error.to_string()))?;
+    let page = Arc::new(Page::map(page).map_err(|error| broken(error.to_string()))?);
 
     let code = Code::checked(code.into(), config.inspection);
     let (mapped, runtime) = enter(&config.jail, out, || {
@@ -73,11 +104,56 @@ fn run(out: &'static Out, config: &str, fds: Vec<OwnedFd>) -> Result<Outcome, Lo
     })?;
     // what is missing is told of before the guest prints
     out.finish();
-    exit_with_primary(out).map_err(|error| broken(error.to_string()))?;
-    let sandbox = mapped.link(&code.inspection, Shape::Command)?;
-    let setup = Arc::new(Setup::of_command(config.grants, config.limits, config.args, true));
-    let outcome = runtime.block_on(sandbox.run(&setup));
+    let shape = code.inspection.shape.filter(|shape| config.mailbox && *shape == Shape::Handler);
+    let sandbox = mapped.link(&code.inspection, shape.unwrap_or(Shape::Command))?;
+    let setup = Setup {
+        data: config.data,
+        cwd: config.cwd,
+        ..Setup::alone(config.grants, config.limits, config.args, config.identity)
+    };
+    let outcome = if config.mailbox {
+        let pulse = Pulse::start(page, out.clone(), None, None, BEAT).map_err(|error| broken(error.to_string()))?;
+        let line = Arc::new(Line::new(out.clone(), socket, incoming, pulse, setup.shares_thread));
+        let setup = Arc::new(Setup { mailbox: Some(line.clone()), ..setup });
+        runtime.block_on(async {
+            if shape.is_some() {
+                return answer(&sandbox, &setup, &line).await;
+            }
+            line.say(Kind::Ready, 0, b"");
+            sandbox.run(&setup).await
+        })
+    } else {
+        exit_with_primary(out).map_err(|error| broken(error.to_string()))?;
+        runtime.block_on(sandbox.run(&Arc::new(setup)))
+    };
     // a thread may still sit in a read of standard input: nobody waits for it
     runtime.shutdown_background();
     Ok(outcome)
+}
+
+/// Lets a handler answer one message after the other, until there are no more or it fails.
+async fn answer(sandbox: &Sandbox, setup: &Arc<Setup>, line: &Line) -> Outcome {
+    let started = Instant::now();
+    let usage = || Usage { cpu_ms: Some(cpu_ms()), ..Usage::wall(started.elapsed()) };
+    let mut instance = match sandbox.start(setup).await {
+        Ok(instance) => instance,
+        Err(outcome) => return outcome,
+    };
+    line.say(Kind::Ready, 0, b"");
+    let max = setup.limits.message_max;
+    loop {
+        let (id, message) = match line.next(None).await {
+            Received::Message(id, message) => (id, message),
+            Received::TimedOut | Received::Closed => return End::Exited { code: 0 }.with(usage()),
+        };
+        match instance.handle(message).await {
+            Ok(Answer::Reply(text) | Answer::Error(text)) if text.len() as u64 > max.0 => {
+                return End::Limit { limit: LimitKind::Message, allowed: max.to_string() }.with(usage());
+            }
+            Ok(Answer::Reply(text)) => line.say(Kind::Reply, id, text.as_bytes()),
+            Ok(Answer::NoReply) => line.say(Kind::NoReply, id, b""),
+            Ok(Answer::Error(text)) => line.say(Kind::TaskError, id, text.as_bytes()),
+            Err(outcome) => return outcome,
+        }
+    }
 }

@@ -3,6 +3,7 @@
 mod command;
 mod compiler;
 mod http;
+mod mailbox;
 mod output;
 mod pulse;
 mod trial;

@@ -71,7 +71,7 @@ impl Pulse {
     pub(super) fn start(
         page: Arc<Page>,
         out: Arc<Out>,
-        lines: Arc<Lines>,
+        lines: Option<Arc<Lines>>,
         ticker: Option<Ticker>,
         beat: Duration,
     ) -> std::io::Result<Self> {
@@ -80,7 +80,7 @@ impl Pulse {
         let handle = std::thread::Builder::new()
             .name("wrun-pulse".into())
             .stack_size(64 << 10)
-            .spawn(move || theirs.run(&page, &out, &lines, ticker.as_ref(), beat))?;
+            .spawn(move || theirs.run(&page, &out, lines.as_deref(), ticker.as_ref(), beat))?;
         Ok(Self { shared, thread: handle.thread().clone() })
     }
 
@@ -107,7 +107,7 @@ impl Pulse {
 }
 
 impl Shared {
-    fn run(&self, page: &Page, out: &Out, lines: &Lines, ticker: Option<&Ticker>, beat: Duration) {
+    fn run(&self, page: &Page, out: &Out, lines: Option<&Lines>, ticker: Option<&Ticker>, beat: Duration) {
         let (mut last_beat, mut last_tick, mut busy_until) = (None::<Instant>, Instant::now(), Instant::now());
         let mut entered = (0, Instant::now());
         loop {
@@ -115,7 +115,7 @@ impl Shared {
             if last_beat.is_none_or(|at| now.duration_since(at) >= beat) {
                 last_beat = Some(now);
                 page.beat();
-                lines.tell();
+                lines.into_iter().for_each(Lines::tell);
                 // the parent-death signal should have come first; this is for the kernel that sends none
                 if out.is_cut() {
                     std::process::exit(125);

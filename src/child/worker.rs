@@ -2,8 +2,10 @@
 
 use std::{
     cell::RefCell,
+    future::Future,
     io,
     os::unix::net::UnixStream as StdStream,
+    pin::Pin,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
@@ -20,6 +22,7 @@ use tokio::{
 use super::{
     enter,
     http::{self, ListenConfig, Port},
+    mailbox,
     output::Lines,
     pulse::Pulse,
 };
@@ -34,8 +37,8 @@ use crate::{
         wire::{Incoming, Kind},
     },
     sandbox::{
-        Answer, Code, EngineSpec, Form, Full, Identity, Inspection, Instance, LoadError, Mapped, Outbox, Sandbox,
-        Setup, Shape, Stdio, cpu_ms,
+        Answer, Code, EngineSpec, Form, Full, Identity, Inspection, Instance, LoadError, Mailbox, Mapped, Received,
+        Sandbox, Setup, Shape, Stdio, cpu_ms,
     },
 };
 
@@ -135,9 +138,6 @@ const OUT_MAX: usize = 4 << 20;
 /// takes with it those that have not gone.
 const PROMPT: Duration = Duration::from_micros(100);
 
-/// Messages of the guest that may wait to be written.
-const MAILBOX_MAX: usize = 8 << 20;
-
 /// The child. Returns its exit code.
 pub(super) fn main(start: Start) -> i32 {
     let Ok(out) = start.socket.try_clone().map(Out::new) else { return 125 };
@@ -204,15 +204,16 @@ enum Next {
     Drain,
 }
 
-struct Mailbox(Arc<Out>);
+/// The line of a worker to its primary. What comes the other way are tasks.
+struct Outbox(Arc<Out>);
 
-impl Outbox for Mailbox {
+impl Mailbox for Outbox {
     fn send(&self, message: Message) -> Result<(), Full> {
-        if self.0.waiting_bytes() > MAILBOX_MAX {
-            return Err(Full);
-        }
-        self.0.push(Kind::Message, 0, message.as_str().as_bytes());
-        Ok(())
+        mailbox::post(&self.0, &message)
+    }
+
+    fn receive(&self, _: Option<Duration>) -> Pin<Box<dyn Future<Output = Received> + Send + '_>> {
+        Box::pin(std::future::ready(Received::Closed))
     }
 }
 
@@ -254,7 +255,7 @@ impl Worker {
         // its threads are made inside
         let epoch = config.engine.epoch_checks;
         let pulse =
-            Pulse::start(page.clone(), out.clone(), lines.clone(), epoch.then(|| sandbox.ticker()), config.beat)
+            Pulse::start(page.clone(), out.clone(), Some(lines.clone()), epoch.then(|| sandbox.ticker()), config.beat)
                 .map_err(|error| broken(error.to_string()))?;
         let setup = Arc::new(Setup {
             args: vec![config.identity.name.clone()],
@@ -262,7 +263,8 @@ impl Worker {
             identity: config.identity,
             data: config.data,
             stdio: Stdio::Sink(lines.clone()),
-            outbox: Some(Arc::new(Mailbox(out.clone()))),
+            mailbox: Some(Arc::new(Outbox(out.clone()))),
+            cwd: None,
             shares_thread: config.concurrency > 1 || matches!(work, Work::Port(_)),
             head_max,
             limits: config.limits,

@@ -1,6 +1,7 @@
 //! The command line: flags, help, and what they become.
 
 mod cluster;
+mod command;
 
 use std::{path::PathBuf, time::Duration};
 
@@ -14,7 +15,10 @@ use wrun::{
     limits::{Bytes, CompileLimits, Limits, parse_duration},
 };
 
-pub(crate) use self::cluster::{ClusterArgs, LISTEN};
+pub(crate) use self::{
+    cluster::{ClusterArgs, LISTEN},
+    command::{ExecArgs, ForkArgs, SpawnArgs},
+};
 
 /// Run WebAssembly guests in parallel, each in a sandbox
 #[derive(Debug, Parser)]
@@ -54,6 +58,9 @@ pub(crate) enum LogFormat {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Run(RunArgs),
+    Spawn(Box<SpawnArgs>),
+    Exec(Box<ExecArgs>),
+    Fork(Box<ForkArgs>),
     Cluster(Box<ClusterArgs>),
     Inspect(InspectArgs),
     Compile(CompileArgs),
@@ -151,6 +158,9 @@ pub(crate) struct GrantArgs {
     /// A variable for the guest's environment; a name alone passes on wrun's own value
     #[arg(long = "env", value_name = "NAME[=VALUE]", value_parser = parse_env)]
     env: Vec<(String, String)>,
+    /// Pass on all variables that wrun itself was started with; --env beats them
+    #[arg(long)]
+    inherit_env: bool,
 }
 
 #[derive(Debug, Args)]
@@ -243,7 +253,15 @@ pub(crate) struct CacheArgs {
 
 impl GrantArgs {
     pub(crate) fn grants(self) -> Grants {
-        Grants { dirs: self.dirs, env: self.env }
+        let mut env = self.env;
+        if self.inherit_env {
+            // what is not UTF-8 cannot be told to a guest
+            let text = |text: std::ffi::OsString| text.into_string().ok();
+            let all = std::env::vars_os().filter_map(|(name, value)| Some((text(name)?, text(value)?)));
+            let others = all.filter(|(name, _)| !env.iter().any(|(given, _)| given == name));
+            env = others.chain(env.clone()).collect();
+        }
+        Grants { dirs: self.dirs, env }
     }
 }
 

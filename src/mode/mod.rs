@@ -1,14 +1,14 @@
 //! One entry per mode; no logic of its own.
 
 pub mod cluster;
+pub mod command;
 mod compile;
 pub mod doctor;
 mod inspect;
-mod run;
 
 pub use self::{
     cluster::Cluster,
+    command::{Child, Command, Fork, Output, Run, exec, fork},
     compile::Compile,
     inspect::{Refused, Report, inspect},
-    run::Run,
 };

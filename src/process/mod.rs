@@ -18,7 +18,7 @@ pub(crate) mod wire;
 
 use std::{
     future::{Future, poll_fn},
-    io::{self, IoSlice},
+    io::{self, IoSlice, Write},
     os::{
         fd::{BorrowedFd, OwnedFd},
         unix::{net::UnixStream as StdStream, process::CommandExt},
@@ -39,7 +39,7 @@ pub use self::jail::Isolation;
 pub(crate) use self::{
     jail::{Bounds, Jail, Purpose, THREADS, Wall},
     page::{Board, Page},
-    pidfd::Clock,
+    pidfd::{Clock, Signaller},
 };
 use self::{
     pidfd::Pidfd,
@@ -52,6 +52,9 @@ const ARG0: &str = "wrun-worker";
 
 /// How large a socket's send buffer should be: a message of the default size in one piece.
 const SEND_BUFFER: usize = 1 << 20;
+
+/// How long a child may take to read what does not fit into its socket. It has not met its guest then.
+const HELLO_WITHIN: Duration = Duration::from_secs(10);
 
 /// How much is read from one child before others get their turn.
 const READ_TURN: usize = 1 << 20;
@@ -118,6 +121,7 @@ pub(crate) fn runtime() -> Result<Runtime, Error> {
 }
 
 /// A child process.
+#[derive(Debug)]
 pub(crate) struct Process {
     child: Pidfd,
     socket: UnixStream,
@@ -198,11 +202,16 @@ impl Process {
         outgoing.push(Kind::Hello, 0, &serde_json::to_vec(&hello).expect("plain data has a JSON form"));
         let mut all = vec![std::os::fd::AsFd::as_fd(&page)];
         all.extend_from_slice(fds);
-        match send_with(&ours, outgoing.pending(), &all) {
-            Ok(count) => outgoing.advance(count),
+        // all of it: nobody may look at this child before it has something to say
+        ours.set_write_timeout(Some(HELLO_WITHIN))?;
+        let sent = send_with(&ours, outgoing.pending(), &all).and_then(|count| {
+            outgoing.advance(count);
+            (&ours).write_all(outgoing.pending())
+        });
+        match sent {
             // it is gone already; how, shows when it is looked at
             Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {}
-            Err(error) => return Err(error),
+            sent => sent?,
         }
 
         ours.set_nonblocking(true)?;
@@ -211,7 +220,7 @@ impl Process {
             socket: UnixStream::from_std(ours)?,
             cut: false,
             incoming: Incoming::new(body_max),
-            outgoing,
+            outgoing: Outgoing::default(),
             page,
         })
     }
@@ -249,6 +258,21 @@ impl Process {
     /// Ends it now, if it is still there.
     pub(crate) fn kill(&mut self) {
         self.signal(Signal::KILL);
+    }
+
+    /// Adds frames to what is sent with the next [`Process::flush`], and empties what they came in.
+    pub(crate) fn send_all(&mut self, frames: &mut Outgoing) {
+        self.outgoing.append(frames);
+    }
+
+    /// How many bytes wait to be written.
+    pub(crate) fn waiting_bytes(&self) -> usize {
+        self.outgoing.pending().len()
+    }
+
+    /// What can signal it from elsewhere.
+    pub(crate) fn signaller(&self) -> Signaller {
+        self.child.signaller()
     }
 
     /// Sends it a signal; whether it was still there.
@@ -300,20 +324,30 @@ impl Process {
         .await
     }
 
+    /// Writes what waits, as far as that goes; whether anything went.
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut progress = false;
+        while !self.outgoing.pending().is_empty()
+            && let Poll::Ready(Ok(())) = self.socket.poll_write_ready(cx)
+        {
+            let before = self.outgoing.pending().len();
+            self.flush();
+            progress |= self.outgoing.pending().len() < before;
+        }
+        progress
+    }
+
+    /// Writes what waits, reads nothing, and sees whether the process has ended. What it has sent is still to be taken
+    /// with [`Process::poll`].
+    pub(crate) fn poll_unread(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.poll_write(cx);
+        self.child.poll_end(cx).map(drop)
+    }
+
     /// Hands every frame that has come to `take`, writes what waits, and sees whether the process is gone. It is not
     /// gone before all that it sent has been taken.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>, mut take: impl FnMut(Frame<'_>)) -> Poll<Seen> {
-        let mut progress = false;
-        if !self.outgoing.pending().is_empty() {
-            while let Poll::Ready(Ok(())) = self.socket.poll_write_ready(cx) {
-                let before = self.outgoing.pending().len();
-                self.flush();
-                progress |= self.outgoing.pending().len() < before;
-                if self.outgoing.pending().is_empty() {
-                    break;
-                }
-            }
-        }
+        let mut progress = self.poll_write(cx);
         let mut turn = READ_TURN;
         while !self.cut {
             if turn == 0 {

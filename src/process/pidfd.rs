@@ -64,7 +64,12 @@ impl Pidfd {
         self.pid
     }
 
-    /// Whether it is still there to be signalled.
+    /// What can signal it from elsewhere, also after it is gone.
+    pub(super) fn signaller(&self) -> Signaller {
+        Signaller(self.fd.get_ref().clone())
+    }
+
+    /// Sends it a signal; whether it was still there.
     pub(super) fn signal(&self, signal: Signal) -> bool {
         send(self.fd.get_ref(), signal)
     }
@@ -135,6 +140,17 @@ fn send(fd: &OwnedFd, signal: Signal) -> bool {
     match RawSignal::from_named_raw(signal.number()) {
         Some(signal) => rustix::process::pidfd_send_signal(fd, signal).is_ok(),
         None => false,
+    }
+}
+
+/// Signals a process, whoever else waits for it.
+#[derive(Debug, Clone)]
+pub(crate) struct Signaller(Arc<OwnedFd>);
+
+impl Signaller {
+    /// Sends it a signal; whether it was still there.
+    pub(crate) fn send(&self, signal: Signal) -> bool {
+        send(&self.0, signal)
     }
 }
 

@@ -133,6 +133,11 @@ impl Incoming {
         &mut self.buffer
     }
 
+    /// Whether all that came was taken.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.taken == self.buffer.len()
+    }
+
     /// Takes the next frame, if it is whole.
     pub(crate) fn next(&mut self) -> Result<Option<Frame<'_>>, WireError> {
         let rest = &self.buffer[self.taken..];
@@ -172,6 +177,16 @@ impl Outgoing {
         self.buffer.push(kind as u8);
         self.buffer.extend_from_slice(&id.to_le_bytes());
         self.buffer.extend_from_slice(body);
+    }
+
+    /// Takes over all frames of another one.
+    pub(crate) fn append(&mut self, other: &mut Self) {
+        if self.buffer.is_empty() {
+            std::mem::swap(self, other);
+        } else {
+            self.buffer.extend_from_slice(other.pending());
+            other.advance(other.pending().len());
+        }
     }
 
     /// The bytes that wait.

@@ -122,7 +122,7 @@ pub(crate) fn one_line(text: &str) -> String {
 }
 
 /// `guests/echo.threads.wasm` is called `echo`.
-fn name_of(path: &Path) -> String {
+pub(crate) fn name_of(path: &Path) -> String {
     let file = path.file_name().unwrap_or_default().to_string_lossy();
     match file.split_once('.') {
         _ if file == "-" => "stdin".into(),

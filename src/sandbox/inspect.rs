@@ -61,8 +61,9 @@ impl Shape {
     #[must_use]
     pub fn modes(self, form: Form) -> &'static [&'static str] {
         match (self, form) {
-            (Self::Command, _) => &["run"],
-            (Self::Handler | Self::Http, Form::Component) => &["cluster"],
+            (Self::Command, _) => &["run", "spawn", "exec", "fork"],
+            (Self::Handler, Form::Component) => &["cluster", "fork"],
+            (Self::Http, Form::Component) => &["cluster"],
             (Self::Handler | Self::Http, Form::Module) => &[],
         }
     }

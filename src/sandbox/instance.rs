@@ -1,6 +1,6 @@
 //! One started guest with its own store: the calls into it, and how they end.
 
-use std::{sync::Arc, time::Instant};
+use std::{path::PathBuf, sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use hyper::{Request, body::Body};
@@ -8,6 +8,7 @@ use rustix::{
     process::Signal,
     time::{ClockId, clock_gettime},
 };
+use serde::{Deserialize, Serialize};
 use wasmtime::{
     AsContextMut, Engine, ExternType, GcHeapOutOfMemory, ResourceLimiter, Store, Trap, UpdateDeadline, WasmBacktrace,
     component::{Linker, ResourceTable, ResourceTableError},
@@ -21,7 +22,7 @@ use crate::{
     message::Message,
     outcome::{End, LimitKind, Outcome, Stage, Usage, millis},
     sandbox::{
-        Form, Identity, LoadError, Outbox, Program, Stdio,
+        Form, Identity, LoadError, Mailbox, Program, Stdio,
         engine::{CORE_INSTANCES_MAX, MEMORIES_MAX, TABLE_ELEMENTS_MAX, TABLES_MAX},
         guest,
         host::{
@@ -47,26 +48,39 @@ pub(crate) struct Setup {
     pub(crate) args: Vec<String>,
     /// Its standard streams.
     pub(crate) stdio: Stdio,
-    /// Where its messages go; none = nobody receives.
-    pub(crate) outbox: Option<Arc<dyn Outbox>>,
+    /// Its line to its parent; none = there is nobody.
+    pub(crate) mailbox: Option<Arc<dyn Mailbox>>,
+    /// The folder that it starts in; none = it has none.
+    pub(crate) cwd: Option<Cwd>,
     /// Whether others wait for the thread that it runs on: then what blocks is done on another one.
     pub(crate) shares_thread: bool,
     /// The longest head of a request that its port lets through; 0 without a port.
     pub(crate) head_max: limits::Bytes,
 }
 
+/// The folder that a guest starts in, which lies in one that was granted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Cwd {
+    /// Its name in the guest.
+    pub(crate) guest: String,
+    /// The folder on the host, after all links.
+    pub(crate) host: PathBuf,
+    /// Whether the guest may only read it.
+    pub(crate) read_only: bool,
+}
+
 impl Setup {
-    /// Of a command, with the standard streams of its process; its arguments begin with its own name.
-    pub(crate) fn of_command(grants: Grants, limits: Limits, args: Vec<String>, process: bool) -> Self {
-        let name = args.first().cloned().unwrap_or_default();
+    /// Of a guest that is nobody's worker but its own process's, with the standard streams of that.
+    pub(crate) fn alone(grants: Grants, limits: Limits, args: Vec<String>, identity: Identity) -> Self {
         Self {
             grants,
             limits,
-            identity: Identity { id: 1, count: 1, generation: 1, name, process },
+            identity,
             data: Message::null(),
             args,
             stdio: Stdio::Inherit,
-            outbox: None,
+            mailbox: None,
+            cwd: None,
             shares_thread: false,
             head_max: limits::Bytes(0),
         }
@@ -204,7 +218,14 @@ pub(super) fn link_module(linker: &mut wasmtime::Linker<State>) -> wasmtime::Res
     wasmtime_wasi::p1::add_to_linker_async(linker, |state: &mut State| match &mut state.wasi {
         Wasi::Module(ctx) => ctx,
         Wasi::Component(_) => unreachable!("components are linked to WASI 0.2 only"),
-    })
+    })?;
+    // the engine's own traps at codes above 125, which a shell has uses for; whose they are, wrun says
+    linker.allow_shadowing(true);
+    linker.func_wrap("wasi_snapshot_preview1", "proc_exit", |code: i32| -> wasmtime::Result<()> {
+        Err(I32Exit(code).into())
+    })?;
+    linker.allow_shadowing(false);
+    Ok(())
 }
 
 /// Whether an export of a core module can be called to run it.
@@ -222,6 +243,13 @@ impl State {
             let perms = if dir.read_only { FsPerms::ReadOnly } else { FsPerms::ReadWrite };
             wasi.preopened_dir(&dir.host, &dir.guest, perms)
                 .map_err(|error| GrantError { grant: format!("--dir {dir}"), reason: format!("{error:#}") })?;
+        }
+        if let Some(Cwd { guest, host, read_only }) = &setup.cwd {
+            let perms = if *read_only { FsPerms::ReadOnly } else { FsPerms::ReadWrite };
+            // programs that know nothing of a working directory take relative paths from the folder of this name
+            wasi.initial_cwd(guest)
+                .preopened_dir(host, ".", perms)
+                .map_err(|error| GrantError { grant: format!("--cwd {guest}"), reason: format!("{error:#}") })?;
         }
         match &setup.stdio {
             Stdio::Inherit => {

@@ -27,10 +27,10 @@ pub(crate) use self::{
     cache::write_whole,
     code::{Code, Packed, compile},
     engine::{EngineSpec, Pool},
-    guest::{binary, open_file},
-    host::{BodyError, Full, GuestBody, Identity, Outbox, Respond, Scheme, Unfinished},
+    guest::{binary, name_of, open_file},
+    host::{BodyError, Full, GuestBody, Identity, Mailbox, Received, Respond, Scheme, Unfinished},
     inspect::{import_hint, offered},
-    instance::{Answer, Instance, Setup, cpu_ms},
+    instance::{Answer, Cwd, Instance, Setup, cpu_ms},
     precheck::precheck,
     stdio::{OutputSink, Stdio},
 };
@@ -200,7 +200,8 @@ impl LoadError {
             Self::UnknownImport { import } => inspect::import_hint(import).into(),
             Self::WrongShape { found: Some(found), form, .. } => match found.modes(*form) {
                 [] => format!("no mode of wrun runs {} ({form}) yet", with_article(*found)),
-                modes => format!("use `wrun {}`", modes.join("` or `wrun ")),
+                // what it is likely to be for
+                [mode, ..] => format!("use `wrun {mode}`"),
             },
             Self::WrongShape { expected: Shape::Handler, found: None, .. } => {
                 "a handler exports `wrun:guest/handler@0.1.0`, see wit/handler.wit".into()

@@ -24,7 +24,7 @@ fn a_command_component() {
         (&found["name"], &found["form"], &found["shape"]),
         (&json!("cat"), &json!("component"), &json!("command"))
     );
-    assert_eq!((&found["modes"], &found["refused"]), (&json!(["run"]), &json!([])));
+    assert_eq!((&found["modes"], &found["refused"]), (&json!(["run", "spawn", "exec", "fork"]), &json!([])));
     assert_eq!(found["flags"], json!(["--dir", "--env"]));
     assert!(has(&found["imports"], "wasi:filesystem/preopens@0.2.6"), "{found}");
     assert_eq!(found["exports"], json!(["wasi:cli/run@0.2.0"]));
@@ -38,7 +38,7 @@ fn a_command_component() {
 fn a_command_module() {
     let found = inspect(CAT_P1);
     assert_eq!((&found["name"], &found["form"], &found["shape"]), (&json!("cat"), &json!("module"), &json!("command")));
-    assert_eq!((&found["modes"], &found["refused"]), (&json!(["run"]), &json!([])));
+    assert_eq!((&found["modes"], &found["refused"]), (&json!(["run", "spawn", "exec", "fork"]), &json!([])));
     assert_eq!(found["flags"], json!(["--dir", "--env"]));
     assert!(has(&found["imports"], "wasi_snapshot_preview1::fd_write"), "{found}");
     assert!(has(&found["exports"], "_start"), "{found}");
@@ -48,7 +48,7 @@ fn a_command_module() {
 fn a_handler() {
     let found = inspect(ECHO);
     assert_eq!((&found["form"], &found["shape"]), (&json!("component"), &json!("handler")));
-    assert_eq!((&found["modes"], &found["refused"]), (&json!(["cluster"]), &json!([])));
+    assert_eq!((&found["modes"], &found["refused"]), (&json!(["cluster", "fork"]), &json!([])));
     assert_eq!(found["flags"], json!([]));
     assert_eq!(found["exports"], json!(["wrun:guest/handler@0.1.0"]));
 }
@@ -96,7 +96,7 @@ shape     command
 form      core module
 size      108 bytes: code 3 in 1 functions, data 10
 memory    64KiB to start with
-modes     run
+modes     run, spawn, exec, fork
 flags     --env
 imports   wasi_snapshot_preview1::environ_get
 exports   memory
@@ -107,7 +107,7 @@ exports   memory
     assert!(text.starts_with("name      hello\nshape     command\nform      core module\n"), "{text}");
     let text = wrun(["inspect", ECHO]).run().code(0).stderr("").stdout_text();
     assert!(text.contains("\nshape     handler\nform      component\n"), "{text}");
-    assert!(text.contains("\nmodes     cluster\n"), "{text}");
+    assert!(text.contains("\nmodes     cluster, fork\n"), "{text}");
 }
 
 #[test]

@@ -28,7 +28,7 @@ const HOMES: [(&[&str], &[&str]); 5] = [
 /// Who may not import whom: a part, and those that are above it or beside it.
 ///
 /// `error` sorts the errors of the parts below the modes; beyond that, what is lower knows nothing of what is higher.
-const FORBIDDEN: [(&str, &[&str]); 15] = [
+const FORBIDDEN: [(&str, &[&str]); 16] = [
     ("mode", &["cli", "report", "main"]),
     ("child", &["cli", "report", "main", "mode", "supervisor"]),
     ("supervisor", &["cli", "report", "main", "mode", "child", "sandbox"]),
@@ -38,6 +38,7 @@ const FORBIDDEN: [(&str, &[&str]); 15] = [
     ("error", &["cli", "report", "main", "mode"]),
     ("event", &["cli", "report", "main", "mode", "supervisor", "process", "sandbox", "error"]),
     ("grant", &["cli", "report", "main", "mode", "child", "supervisor", "process", "sandbox", "error"]),
+    ("lines", &["cli", "report", "main", "mode", "child", "supervisor", "process", "sandbox", "error"]),
     ("limits", &["cli", "report", "main", "mode", "supervisor", "process", "sandbox", "error"]),
     ("message", &["cli", "report", "main", "mode", "supervisor", "process", "sandbox", "error"]),
     ("outcome", &["cli", "report", "main", "mode", "supervisor", "process", "sandbox", "error"]),

@@ -403,6 +403,23 @@ impl Running {
         }
     }
 
+    /// Waits until something is the case that it does not tell itself.
+    #[track_caller]
+    pub(crate) fn until_holds(&mut self, what: &str, holds: impl Fn() -> bool) {
+        self.until(what, |_| holds());
+    }
+
+    /// Waits until what is seen has not changed for half a second.
+    #[track_caller]
+    pub(crate) fn until_stable(&mut self, what: &str, see: impl Fn() -> String) {
+        let mut before = None;
+        while before != Some(see()) {
+            before = Some(see());
+            let patience = Instant::now() + Duration::from_millis(500);
+            self.until(&format!("{what} to be the same"), |_| before != Some(see()) || Instant::now() >= patience);
+        }
+    }
+
     /// Writes a line to standard input.
     #[track_caller]
     pub(crate) fn write_line(&mut self, line: impl AsRef<str>) {
@@ -581,6 +598,13 @@ impl Finished {
         let expected = expected.as_ref();
         let holds = self.stdout == expected;
         self.check(holds, &format!("expected on stdout: {}", shown(expected)))
+    }
+
+    /// So many bytes are on standard output.
+    #[track_caller]
+    pub(crate) fn stdout_is_long(self, expected: usize) -> Self {
+        let holds = self.stdout.len() == expected;
+        self.check(holds, &format!("expected so many bytes on stdout: {expected}"))
     }
 
     /// Exactly this is on standard error.

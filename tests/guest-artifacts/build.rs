@@ -5,8 +5,8 @@ use std::process::{self, Command};
 use std::time::SystemTime;
 use std::{env, fs, io};
 
-/// The handlers, which are examples of `guests/handlers`.
-const HANDLERS: [&str; 6] = ["crash-at-start", "data-processor", "echo", "fib", "hostile", "whoami"];
+/// The handlers, and a command that needs their library: examples of `guests/handlers`.
+const HANDLERS: [&str; 7] = ["courier", "crash-at-start", "data-processor", "echo", "fib", "hostile", "whoami"];
 
 /// The commands, which are binaries of `guests/commands`.
 const COMMANDS: [&str; 4] = ["args", "cat", "hello", "hostile-command"];
@@ -67,7 +67,7 @@ fn main() {
     let components = built.join(COMPONENT).join("release");
     let modules = built.join(MODULE).join("release");
     for name in HANDLERS.into_iter().chain(HTTP) {
-        // a cdylib is a library, whose name is an identifier
+        // a cdylib is a library, whose name is an identifier; that of the command is one word
         let file = format!("examples/{}.wasm", name.replace('-', "_"));
         publish(variable(name), components.join(file), guests.join(format!("{name}.wasm")));
     }

@@ -43,7 +43,16 @@ impl Error for ReceiveError {}
 /// [`NotJson`](SendError::NotJson).
 pub fn send(message: &impl Serialize) -> Result<(), SendError> {
     let json = serde_json::to_string(message).map_err(|error| SendError::NotJson(error.to_string()))?;
-    host::send(&json)
+    send_json(&json)
+}
+
+/// Sends one message that is JSON already, as it is written. Never blocks.
+///
+/// # Errors
+///
+/// As [`send`].
+pub fn send_json(json: &str) -> Result<(), SendError> {
+    host::send(json)
 }
 
 /// Receives the next message from the parent, for commands that run a loop of their own.

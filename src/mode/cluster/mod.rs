@@ -9,7 +9,6 @@ pub mod lines;
 mod pool;
 pub mod serve;
 mod server;
-mod signals;
 
 use std::{
     net::SocketAddr,
@@ -20,11 +19,9 @@ use std::{
 
 use tokio::sync::{broadcast, mpsc, oneshot};
 
+pub use self::builder::{Balance, Builder, InstanceLife, Interrupt};
 use self::pool::{Client, Request, Stop};
-pub use self::{
-    builder::{Balance, Builder, InstanceLife, Interrupt},
-    pool::Answer,
-};
+pub use crate::outcome::Answer;
 use crate::{Error, event::Event, message::Message};
 
 /// How a pool ended that a command ran.

@@ -11,26 +11,11 @@ use crate::{
     Error,
     event::{Event, WorkerId},
     limits::Limits,
-    message::{Message, MessageError},
-    outcome::{End, LimitKind, Outcome, Usage},
+    message::Message,
+    outcome::{Answer, End, LimitKind, Outcome, Usage},
     process::wire::Kind,
     supervisor::{Step, Supervisor},
 };
-
-/// How a task ended.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Answer {
-    /// The guest's reply.
-    Reply(Message),
-    /// The guest handled it and has no reply.
-    NoReply,
-    /// The guest failed it, for this reason.
-    Error(Message),
-    /// What the guest answered is no message.
-    Invalid(MessageError),
-    /// It ended its instance or its worker: it may have been handled in part.
-    Ended(Outcome),
-}
 
 /// Whoever gives tasks to a pool.
 pub(crate) trait Client {

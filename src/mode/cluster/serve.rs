@@ -10,9 +10,8 @@ use tokio::{
 use super::{
     Builder, End, Order,
     pool::{Finish, Stop},
-    signals::Signals,
 };
-use crate::{Error, event::Event, process::runtime, sandbox::Shape};
+use crate::{Error, event::Event, process::runtime, sandbox::Shape, signal::Signals};
 
 /// Says what the guest of a pool is, so that a command can choose what to do with it; none when wrun cannot run it.
 ///

@@ -6,7 +6,7 @@ mod worker;
 
 pub(super) use http::NoOutbound;
 pub(crate) use http::{BodyError, GuestBody, Respond, Scheme, Unfinished};
-pub(crate) use mailbox::{Full, Outbox};
+pub(crate) use mailbox::{Full, Mailbox, Received};
 pub(crate) use worker::Identity;
 
 pub(crate) mod bindings {

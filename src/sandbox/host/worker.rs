@@ -24,6 +24,13 @@ pub(crate) struct Identity {
     pub(crate) process: bool,
 }
 
+impl Identity {
+    /// The only worker of its parent.
+    pub(crate) fn alone(name: String, process: bool) -> Self {
+        Self { id: 1, count: 1, generation: 1, name, process }
+    }
+}
+
 /// It does not change, and to ask for it is a system call.
 static PID: LazyLock<u32> = LazyLock::new(std::process::id);
 

@@ -5,6 +5,9 @@
 
 use std::path::Path;
 
+/// Command: sends back what it receives, or does what a message tells it to; its source lists what it knows.
+pub const COURIER: &str = env!("COURIER");
+
 /// Handler: traps while it is instantiated.
 pub const CRASH_AT_START: &str = env!("CRASH_AT_START");
 

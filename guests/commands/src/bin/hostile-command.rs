@@ -29,7 +29,9 @@ usage: hostile-command ACT
   link FROM TO       gives a file a second name
   hunt PATH TIMES    reads a file so many times and prints each text that it finds, once
   ls PATH            prints the names in a directory, sorted
-  stderr TEXT        prints to stderr";
+  stderr TEXT        prints to stderr
+  turns TIMES        prints a line to stdout and one to stderr, so many times
+  say TEXT ACT       prints, and goes on with another act";
 
 const MIB: usize = 1 << 20;
 
@@ -89,6 +91,11 @@ fn perform(args: &[&str]) -> Option<io::Result<()>> {
         ["hunt", path, times] => hunt(path, times.parse().ok()?),
         ["ls", path] => ls(path),
         ["stderr", text] => writeln!(io::stderr(), "{text}"),
+        ["turns", times] => turns(times.parse().ok()?),
+        ["say", text, ref act @ ..] => match print(text.as_bytes()) {
+            Ok(()) => return perform(act),
+            error => error,
+        },
         _ => return None,
     };
     Some(outcome)
@@ -169,6 +176,13 @@ fn ls(path: &str) -> io::Result<()> {
     let mut names = names.collect::<io::Result<Vec<_>>>()?;
     names.sort();
     names.iter().try_for_each(|name| print(format!("{name}\n").as_bytes()))
+}
+
+fn turns(times: usize) -> io::Result<()> {
+    (0..times).try_for_each(|turn| {
+        print(format!("out {turn}\n").as_bytes())?;
+        writeln!(io::stderr(), "err {turn}")
+    })
 }
 
 fn print(bytes: &[u8]) -> io::Result<()> {

@@ -5,7 +5,6 @@
 //! guest answered, is no message; `message` says why), or the kind of an [`Outcome`](crate::outcome::Outcome), with its
 //! fields. A task that was begun more than once says so: `"attempts":2`. Blank lines are counted and skipped.
 
-mod input;
 mod output;
 
 use std::{
@@ -16,19 +15,17 @@ use std::{
 
 use tokio::sync::mpsc;
 
-use self::{
-    input::{BATCHES, Line, read_lines},
-    output::{Answers, Ticket, Writer},
-};
+use self::output::{Answers, Ticket};
 use crate::{
     Error,
     event::Event,
+    lines::{BATCHES, Line, Writer, read_lines},
     mode::cluster::{
         Answer, Builder, End,
         pool::{Client, Finish, Request, Stop},
-        signals::Signals,
     },
     process::runtime,
+    signal::Signals,
 };
 
 /// Runs a pool on the lines of `input` until its end, or until SIGINT or SIGTERM. Events go to `events`.

@@ -1,21 +1,16 @@
 //! `wrun run`: one command guest in the foreground, with the standard streams passed through: in this process, or in one
 //! of its own.
 
-use std::{
-    os::fd::AsFd,
-    path::PathBuf,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{os::fd::AsFd, path::PathBuf, sync::Arc, time::Instant};
 
+use super::launch::{Extra, Settings};
 use crate::{
     Error,
-    child::{CommandConfig, Compiler, entry, jail_of},
     grant::Grants,
-    limits::{Bytes, CompileLimits, Limits},
-    outcome::{End, LimitKind, Outcome, Stage, Usage},
-    process::{Isolation, Process, Program, Role, runtime, wire::Kind},
-    sandbox::{Cache, Code, EngineSpec, Guest, LoadError, Mapped, Sandbox, Setup, Shape, cpu_ms, open_file},
+    limits::{CompileLimits, Limits},
+    outcome::{End, LimitKind, Outcome, Usage},
+    process::{Isolation, Program, runtime},
+    sandbox::{Cache, EngineSpec, Mapped, Sandbox, Setup, Shape, cpu_ms},
 };
 
 /// What to run, and how.
@@ -31,15 +26,7 @@ use crate::{
 /// ```
 #[derive(Debug)]
 #[must_use = "nothing runs before `run`"]
-pub struct Run {
-    guest: PathBuf,
-    args: Vec<String>,
-    grants: Grants,
-    limits: Limits,
-    cache: Cache,
-    precompiled: bool,
-    compiler: Compiler,
-}
+pub struct Run(Settings);
 
 /// How a deadline ends a guest that computes.
 enum Interrupt {
@@ -52,67 +39,55 @@ enum Interrupt {
 impl Run {
     /// A run of the guest in a file, or on standard input (`-`): no arguments, no grants, the default limits.
     pub fn new(guest: impl Into<PathBuf>) -> Self {
-        Self {
-            guest: guest.into(),
-            args: vec![],
-            grants: Grants::default(),
-            limits: Limits::of_a_run(),
-            cache: Cache::at(None),
-            precompiled: false,
-            compiler: Compiler {
-                program: Program::Own,
-                isolation: Isolation::Thread,
-                limits: CompileLimits::default(),
-            },
-        }
+        Self(Settings::new(guest.into(), Isolation::Thread))
     }
 
     /// The arguments after the guest's own name, handed over as they are.
     pub fn args(mut self, args: impl IntoIterator<Item = impl Into<String>>) -> Self {
-        self.args = args.into_iter().map(Into::into).collect();
+        self.0.args = args.into_iter().map(Into::into).collect();
         self
     }
 
     /// What the guest may touch.
     pub fn grants(mut self, grants: Grants) -> Self {
-        self.grants = grants;
+        self.0.grants = grants;
         self
     }
 
     /// What bounds it.
     pub fn limits(mut self, limits: Limits) -> Self {
-        self.limits = limits;
+        self.0.limits = limits;
         self
     }
 
     /// Where its compiled code is kept.
     pub fn cache(mut self, cache: Cache) -> Self {
-        self.cache = cache;
+        self.0.cache = cache;
         self
     }
 
     /// Takes the file for code that `wrun compile -o` made, and *trusts it as a native program*: it can do whatever
     /// this process can.
     pub fn precompiled(mut self, precompiled: bool) -> Self {
-        self.precompiled = precompiled;
+        self.0.precompiled = precompiled;
         self
     }
 
     /// What is between the guest and the host; default [`Isolation::Thread`].
     pub fn isolation(mut self, isolation: Isolation) -> Self {
-        self.compiler.isolation = isolation;
+        self.0.compiler.isolation = isolation;
         self
     }
 
     /// What bounds its compilation.
     pub fn compile_limits(mut self, limits: CompileLimits) -> Self {
-        self.compiler.limits = limits;
+        self.0.compiler.limits = limits;
         self
     }
 
     /// The program that children are made of, when it is not this one: a `wrun` of the same version.
     pub fn program(mut self, path: impl Into<PathBuf>) -> Self {
-        self.compiler.program = Program::At(path.into());
+        self.0.compiler.program = Program::At(path.into());
         self
     }
 
@@ -143,100 +118,35 @@ impl Run {
     }
 
     fn run_with(self, interrupt: Interrupt) -> Result<Outcome, Error> {
-        if !self.compiler.program.is_prepared() {
-            return Err(Error::Usage(
-                "call `wrun::init()` first thing in `main`: guests are compiled by this program, started again".into(),
-            ));
-        }
-        self.grants.check().map_err(LoadError::from)?;
-        let here = self.compiler.isolation == Isolation::Thread;
+        let settings = self.0;
+        settings.check()?;
+        let here = settings.compiler.isolation == Isolation::Thread;
         let spec = EngineSpec {
-            epoch_checks: here && self.limits.timeout.is_some() && matches!(interrupt, Interrupt::Epoch),
-            fuel: self.limits.fuel.is_some(),
-            stack: self.limits.stack,
-            pool: None,
+            epoch_checks: here && settings.limits.timeout.is_some() && matches!(interrupt, Interrupt::Epoch),
+            ..settings.spec()
         };
         let runtime = runtime()?;
-        let code = if self.precompiled {
-            open_precompiled(&self.guest)?
-        } else {
-            let guest = Guest::read(&self.guest)?;
-            let entry = entry(&self.cache, spec, &guest)?;
-            runtime.block_on(self.compiler.load(entry.as_deref(), spec, &guest))?.0
-        };
-        let args = std::iter::once(self.guest.display().to_string()).chain(self.args).collect();
+        let code = runtime.block_on(settings.load(spec))?;
         let outcome = if here {
             let engine = spec.engine().map_err(|error| Error::Usage(format!("{error:#}")))?;
             let sandbox = Mapped::of(engine, &code)?.link(&code.inspection, Shape::Command)?;
+            let (args, identity) = (settings.argv(), settings.identity(false));
             let setup = Arc::new(Setup {
                 // its clock waits for that thread when it is ended from inside
                 shares_thread: spec.epoch_checks,
-                ..Setup::of_command(self.grants, self.limits, args, false)
+                ..Setup::alone(settings.grants, settings.limits, args, identity)
             });
             runtime.block_on(run_until(&sandbox, &setup, interrupt))
         } else {
-            let mut jail = jail_of(
-                self.compiler.isolation,
-                (&self.grants, &self.limits),
-                (&spec, 1),
-                (&code.inspection, code.size().map_err(Error::io("look at the compiled guest"))?),
-                None,
-            );
-            // should this process be stopped, the kernel's clock goes on
-            jail.bounds.cpu = self.limits.timeout.map(|timeout| timeout + BACKSTOP);
-            if self.grants.dirs.iter().all(|dir| dir.read_only) {
-                // the only files that it can write are those that its output was sent to
-                jail.bounds.file_size = Bytes(u64::MAX);
-            }
-            let config = CommandConfig {
-                engine: spec,
-                inspection: code.inspection.clone(),
-                grants: self.grants,
-                limits: self.limits,
-                args,
-                jail,
-            };
-            runtime.block_on(run_aside(&self.compiler.program, &config, &code))?
+            let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
+            runtime.block_on(async {
+                let streams = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()];
+                settings.start(&code, Extra::default(), streams)?.wait().await
+            })?
         };
         // a thread may still sit in a read of standard input: nobody waits for it
         runtime.shutdown_background();
         Ok(outcome)
-    }
-}
-
-/// How much later than our clock the kernel's is.
-const BACKSTOP: Duration = Duration::from_secs(2);
-
-/// Runs it in a process of its own, which gets the standard streams of this one.
-async fn run_aside(program: &Program, config: &CommandConfig, code: &Code) -> Result<Outcome, Error> {
-    let started = Instant::now();
-    let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
-    let fds = [code.as_fd(), stdin.as_fd(), stdout.as_fd(), stderr.as_fd()];
-    let body_max = u32::try_from(Bytes::mib(1).0).expect("small");
-    let child = Process::start(program, Role::Command, config, &fds, body_max).map_err(Error::io("start a process"))?;
-    let (mut said, mut panicked) = (None, None);
-    let (end, out_of_time) = child
-        .finish(config.limits.timeout, |frame| match frame.kind {
-            Kind::Ended => said = serde_json::from_slice::<Outcome>(frame.body).ok(),
-            Kind::Panic => panicked = Some(format!("its process panicked: {}", String::from_utf8_lossy(frame.body))),
-            Kind::Walls => tracing::warn!("a wall is missing: {}", String::from_utf8_lossy(frame.body)),
-            _ => {}
-        })
-        .await;
-    let Some(outcome) = said else {
-        let end = match (config.limits.timeout, panicked) {
-            (Some(timeout), _) if out_of_time => End::Limit { limit: LimitKind::Time, allowed: format!("{timeout:?}") },
-            (_, Some(reason)) => End::Failed { stage: Stage::Start, reason, hint: None },
-            _ => end,
-        };
-        return Ok(end.with(Usage::wall(started.elapsed())));
-    };
-    match outcome.end {
-        // it never ran
-        End::Failed { stage, reason, hint } if stage.is_hopeless() => {
-            Err(LoadError::Reported { stage, reason, hint }.into())
-        }
-        _ => Ok(outcome),
     }
 }
 
@@ -277,9 +187,4 @@ async fn run_until(sandbox: &Sandbox, setup: &Arc<Setup>, interrupt: Interrupt) 
             outcome
         }
     }
-}
-
-fn open_precompiled(path: &std::path::Path) -> Result<Code, LoadError> {
-    Code::open(open_file(path)?)
-        .ok_or_else(|| LoadError::Precompiled { reason: "the file is damaged, or not made by wrun".into() })
 }

@@ -6,19 +6,19 @@ use tokio::sync::mpsc;
 
 use crate::message::{Message, MessageError};
 
-/// Lines that are read ahead of the pool: so many batches, of so many lines or bytes each.
-pub(super) const BATCHES: usize = 4;
+/// Lines that are read ahead: so many batches, of so many lines or bytes each.
+pub(crate) const BATCHES: usize = 4;
 const BATCH_LINES: usize = 256;
 const BATCH_BYTES: usize = 1 << 20;
 
 /// One line that is not blank.
-pub(super) struct Line {
-    pub(super) number: u64,
-    pub(super) message: Result<Message, MessageError>,
+pub(crate) struct Line {
+    pub(crate) number: u64,
+    pub(crate) message: Result<Message, MessageError>,
 }
 
 /// Reads lines until the end, and hands them over in batches: full ones, or what there is before it has to wait.
-pub(super) fn read_lines(input: impl Read, max: usize, lines: &mpsc::Sender<io::Result<Vec<Line>>>) {
+pub(crate) fn read_lines(input: impl Read, max: usize, lines: &mpsc::Sender<io::Result<Vec<Line>>>) {
     let mut input = BufReader::with_capacity(BATCH_BYTES / 4, input);
     let mut reader = LineReader { max, number: 0, partial: vec![], dropped: 0, batch: vec![], batch_bytes: 0 };
     loop {

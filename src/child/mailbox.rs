@@ -1,0 +1,188 @@
+//! A guest's mailbox in a process of its own: frames from the primary, read when the guest asks for them and not before,
+//! so that a guest that is slow makes its parent wait; and frames to it, written in batches.
+
+use std::{
+    future::Future,
+    os::unix::net::UnixStream,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    net::RecvFlags,
+};
+
+use super::pulse::Pulse;
+use crate::{
+    message::Message,
+    process::{
+        child::Out,
+        wire::{Incoming, Kind},
+    },
+    sandbox::{Full, Mailbox, Received},
+};
+
+/// Messages of a guest that may wait to be written, in bytes.
+const WAITING_MAX: usize = 8 << 20;
+
+/// How many of them are written before the guest gets its next message.
+const BATCH: usize = 64 << 10;
+
+/// Adds a message to what is written to the primary, if there is room.
+///
+/// # Errors
+/// When there is none.
+pub(super) fn post(out: &Out, message: &Message) -> Result<(), Full> {
+    if out.waiting_bytes() > WAITING_MAX {
+        return Err(Full);
+    }
+    out.push(Kind::Message, 0, message.as_str().as_bytes());
+    Ok(())
+}
+
+/// The mailbox of a guest that has its process for itself.
+pub(super) struct Line {
+    out: Arc<Out>,
+    pulse: Pulse,
+    /// Whether other things than the guest wait for this thread.
+    shares_thread: bool,
+    /// Whether another message lies ready.
+    has_more: Arc<AtomicBool>,
+    inbox: Arc<Mutex<Inbox>>,
+}
+
+/// What came and was not asked for yet.
+struct Inbox {
+    out: Arc<Out>,
+    socket: UnixStream,
+    incoming: Incoming,
+    /// The primary has disconnected.
+    closed: bool,
+    has_more: Arc<AtomicBool>,
+}
+
+impl Line {
+    pub(super) fn new(
+        out: Arc<Out>,
+        socket: UnixStream,
+        incoming: Incoming,
+        pulse: Pulse,
+        shares_thread: bool,
+    ) -> Self {
+        let has_more = Arc::<AtomicBool>::default();
+        let inbox = Inbox { out: out.clone(), socket, incoming, closed: false, has_more: has_more.clone() };
+        Self { out, pulse, shares_thread, has_more, inbox: Arc::new(Mutex::new(inbox)) }
+    }
+
+    /// Says something to the primary, with what follows until the next message is asked for.
+    pub(super) fn say(&self, kind: Kind, id: u64, body: &[u8]) {
+        if self.out.push(kind, id, body) > BATCH {
+            // the rest goes when there is room
+            let _ = self.out.flush();
+        }
+    }
+
+    /// The next message, for at most so long. What was said lies no longer than a moment, whatever the guest does with it.
+    pub(super) async fn next(&self, within: Option<Duration>) -> Received {
+        let received = self.wait(within).await;
+        if self.out.is_waiting() {
+            self.pulse.touch();
+        }
+        received
+    }
+
+    async fn wait(&self, within: Option<Duration>) -> Received {
+        // a time that the clock cannot count to never comes
+        let until = within.map(|within| Instant::now().checked_add(within));
+        let until = until.flatten();
+        if !self.shares_thread {
+            return lock(&self.inbox).receive(until);
+        }
+        let at_once = lock(&self.inbox).receive(Some(Instant::now()));
+        if at_once != Received::TimedOut || within == Some(Duration::ZERO) {
+            return at_once;
+        }
+        let inbox = self.inbox.clone();
+        tokio::task::spawn_blocking(move || lock(&inbox).receive(until)).await.unwrap_or(Received::Closed)
+    }
+}
+
+impl Mailbox for Line {
+    fn send(&self, message: Message) -> Result<(), Full> {
+        post(&self.out, &message)?;
+        // in the midst of many, several go at once
+        let more_to_come = self.has_more.load(Ordering::Relaxed) && self.out.waiting_bytes() < BATCH;
+        if more_to_come || !self.out.flush().unwrap_or(true) {
+            self.pulse.touch();
+        }
+        Ok(())
+    }
+
+    fn receive(&self, within: Option<Duration>) -> Pin<Box<dyn Future<Output = Received> + Send + '_>> {
+        Box::pin(self.next(within))
+    }
+}
+
+fn lock(inbox: &Mutex<Inbox>) -> MutexGuard<'_, Inbox> {
+    // the guest that panicked the host with it gets no further
+    inbox.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Inbox {
+    /// Waits on this thread for the next message, until then. What the guest has sent goes first.
+    fn receive(&mut self, until: Option<Instant>) -> Received {
+        loop {
+            if let Some(received) = self.take() {
+                return received;
+            }
+            let read = rustix::net::recv(
+                &self.socket,
+                rustix::buffer::spare_capacity(self.incoming.space()),
+                RecvFlags::DONTWAIT,
+            );
+            match read {
+                // the primary is gone, and with it all that this process is for
+                Ok((_, 0)) => std::process::exit(125),
+                Ok(_) | Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) => {}
+                Err(_) => std::process::exit(125),
+            }
+            // both directions may be full: whoever waits for one of them alone may wait for ever
+            let all_written = self.out.flush().unwrap_or(true);
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            if left == Some(Duration::ZERO) {
+                return Received::TimedOut;
+            }
+            let events = if all_written { PollFlags::IN } else { PollFlags::IN | PollFlags::OUT };
+            let left = left.and_then(|left| Timespec::try_from(left).ok());
+            // whatever it says, the next round looks itself
+            let _ = poll(&mut [PollFd::new(&self.socket, events)], left.as_ref());
+        }
+    }
+
+    /// What has come whole.
+    fn take(&mut self) -> Option<Received> {
+        loop {
+            if self.closed {
+                return Some(Received::Closed);
+            }
+            match self.incoming.next() {
+                // the primary has checked it, and what it sends is believed
+                Ok(Some(frame)) if frame.kind == Kind::Task => {
+                    let (id, text) = (frame.id, std::str::from_utf8(frame.body).unwrap_or_default().to_owned());
+                    self.has_more.store(!self.incoming.is_empty(), Ordering::Relaxed);
+                    return Some(Received::Message(id, text));
+                }
+                Ok(Some(frame)) if frame.kind == Kind::Drain => self.closed = true,
+                Ok(Some(_)) => {}
+                Ok(None) | Err(_) => return None,
+            }
+        }
+    }
+}

@@ -1,0 +1,510 @@
+//! A guest in a process of its own, with its mailbox.
+
+use std::{
+    collections::VecDeque,
+    future::poll_fn,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, Waker},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::{Notify, broadcast, oneshot},
+    task::JoinHandle,
+};
+
+use super::{
+    Command, Mailbox,
+    child::{ChildOutput, ChildStdin, Ends},
+    launch::{Notes, Worker, ran},
+};
+use crate::{
+    Error,
+    event::Event,
+    message::{Message, MessageError},
+    outcome::{Answer, End, Outcome, Stage, millis},
+    process::{
+        Seen, Signaller,
+        wire::{Frame, Kind, Outgoing},
+    },
+    signal::Signal,
+};
+
+/// Bytes of messages that may wait on their way to a guest, and as many that it sent and nobody took, each beside one
+/// message and what is in the socket.
+const WAITING_MAX: usize = 4 << 20;
+
+/// How many bytes are given to the socket before more are taken from those that wait.
+const WRITE_AHEAD: usize = 1 << 20;
+
+/// Why a message was not sent. It can be sent again.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SendError {
+    /// As much waits already as may: the guest is slower than its parent. [`Fork::ready`] waits for room.
+    #[error("the mailbox is full")]
+    Full,
+    /// The guest is gone, or the mailbox was disconnected.
+    #[error("the mailbox is closed")]
+    Closed,
+    /// It is longer than a message may be.
+    #[error(transparent)]
+    TooLong(MessageError),
+}
+
+/// A guest that was started with a mailbox. It is ended when this is dropped.
+///
+/// Messages arrive in the order in which they were sent, in both directions. Nothing is lost unless the guest ends: a
+/// parent that sends faster than its guest receives is told so ([`SendError::Full`]), and a guest whose parent does not
+/// receive finds its mailbox full.
+///
+/// All methods take `&self`: several tasks can share one, in an `Arc`. It moves by a task on the runtime that it was
+/// started in.
+#[derive(Debug)]
+pub struct Fork {
+    /// The guest's standard input, when that is a pipe. Dropping it is the end of the input.
+    pub stdin: Option<ChildStdin>,
+    /// The guest's standard output, when that is a pipe.
+    pub stdout: Option<ChildOutput>,
+    /// The guest's standard error, when that is a pipe.
+    pub stderr: Option<ChildOutput>,
+    shared: Arc<Shared>,
+    driver: JoinHandle<()>,
+    pid: u32,
+    message_max: usize,
+    kill_signal: Signal,
+    grace: Duration,
+    is_handler: bool,
+}
+
+/// What a [`Fork`] and its driver share.
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    /// The driver's.
+    signaller: Signaller,
+    events: broadcast::Sender<Event>,
+    /// There is a message, or there will be none.
+    received: Notify,
+    /// There is room to send, or nobody to send to.
+    has_room: Notify,
+    /// It is gone.
+    ended: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// On their way to the guest.
+    outgoing: Outgoing,
+    sent: u64,
+    /// Those that get answers, in the order of what they asked: a handler's by their messages' numbers.
+    asked: VecDeque<(u64, Option<oneshot::Sender<Answer>>)>,
+    /// From the guest.
+    incoming: VecDeque<Message>,
+    incoming_bytes: usize,
+    /// No more is sent.
+    disconnected: bool,
+    /// The guest is asked to end, by whom does not matter.
+    voluntary: bool,
+    ended: Option<Outcome>,
+    /// The driver, when it waits.
+    driver: Option<Waker>,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // whole after every call, whoever panicked
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn wake_driver(&mut self) {
+        if let Some(waker) = self.driver.take() {
+            waker.wake();
+        }
+    }
+
+    fn is_closed(&self) -> bool {
+        self.disconnected || self.ended.is_some()
+    }
+}
+
+impl Fork {
+    pub(super) fn new(worker: Worker, ends: Ends, mailbox: Mailbox, command: &Command) -> Self {
+        let (events, _) = broadcast::channel(1024);
+        let shared = Arc::new(Shared {
+            state: Mutex::default(),
+            signaller: worker.process.signaller(),
+            events,
+            received: Notify::new(),
+            has_room: Notify::new(),
+            ended: Notify::new(),
+        });
+        let pid = worker.process.pid();
+        let is_handler = mailbox == Mailbox::Handler;
+        let message_max = command.settings.limits.message_max.as_usize();
+        let driver = Driver {
+            shared: shared.clone(),
+            worker,
+            message_max,
+            is_handler,
+            started: Instant::now(),
+            drained: false,
+            tasks: 0,
+            broken: None,
+        };
+        let Ends { stdin, stdout, stderr } = ends;
+        Self {
+            stdin,
+            stdout,
+            stderr,
+            shared,
+            driver: tokio::spawn(driver.run()),
+            pid,
+            message_max,
+            kill_signal: command.kill_signal,
+            grace: command.grace,
+            is_handler,
+        }
+    }
+
+    /// The process that the guest runs in.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.pid
+    }
+
+    /// What happens from now on. A receiver that falls 1,024 events behind is told how many it has missed.
+    #[must_use]
+    pub fn events(&self) -> broadcast::Receiver<Event> {
+        self.shared.events.subscribe()
+    }
+
+    /// Sends the guest a message. Never waits.
+    ///
+    /// What a handler replies, and what a command sends, comes with [`Fork::recv`].
+    ///
+    /// # Errors
+    /// When the message was not sent: the mailbox is full or closed.
+    pub fn send(&self, message: &Message) -> Result<(), SendError> {
+        self.put(message, None)
+    }
+
+    /// Sends a message and waits for its answer: a handler's to this very message, or the next message that a command
+    /// sends and that no earlier request waits for.
+    ///
+    /// A request that is dropped has been sent all the same; its answer is dropped with it.
+    ///
+    /// # Errors
+    /// As [`Fork::send`]. A guest that ends instead of answering is [`Answer::Ended`].
+    pub async fn request(&self, message: &Message) -> Result<Answer, SendError> {
+        let (ticket, answer) = oneshot::channel();
+        self.put(message, Some(ticket))?;
+        answer.await.map_err(|_| SendError::Closed)
+    }
+
+    fn put(&self, message: &Message, ticket: Option<oneshot::Sender<Answer>>) -> Result<(), SendError> {
+        let length = message.as_str().len();
+        if length > self.message_max {
+            return Err(SendError::TooLong(MessageError::TooLong { length, max: self.message_max }));
+        }
+        let state = &mut *self.shared.state();
+        if state.is_closed() {
+            return Err(SendError::Closed);
+        }
+        if state.outgoing.pending().len() > WAITING_MAX {
+            return Err(SendError::Full);
+        }
+        state.sent += 1;
+        if self.is_handler || ticket.is_some() {
+            state.asked.push_back((state.sent, ticket));
+        }
+        state.outgoing.push(Kind::Task, state.sent, message.as_str().as_bytes());
+        state.wake_driver();
+        Ok(())
+    }
+
+    /// Waits until the mailbox has room for a message, or is closed. Cancel-safe.
+    pub async fn ready(&self) {
+        let mut notified = std::pin::pin!(self.shared.has_room.notified());
+        loop {
+            notified.as_mut().enable();
+            {
+                let state = self.shared.state();
+                if state.is_closed() || state.outgoing.pending().len() <= WAITING_MAX {
+                    return;
+                }
+            }
+            notified.as_mut().await;
+            notified.set(self.shared.has_room.notified());
+        }
+    }
+
+    /// The next message from the guest; none when it has ended and all that it sent was taken. Cancel-safe.
+    pub async fn recv(&self) -> Option<Message> {
+        let mut notified = std::pin::pin!(self.shared.received.notified());
+        loop {
+            notified.as_mut().enable();
+            if let Poll::Ready(message) = self.take() {
+                return message;
+            }
+            notified.as_mut().await;
+            notified.set(self.shared.received.notified());
+        }
+    }
+
+    /// What [`Fork::recv`] would answer without waiting.
+    pub(super) fn take(&self) -> Poll<Option<Message>> {
+        let state = &mut *self.shared.state();
+        match state.incoming.pop_front() {
+            Some(message) => {
+                let was_full = state.incoming_bytes > WAITING_MAX;
+                state.incoming_bytes -= message.as_str().len();
+                if was_full && state.incoming_bytes <= WAITING_MAX {
+                    state.wake_driver();
+                }
+                Poll::Ready(Some(message))
+            }
+            None if state.ended.is_some() => Poll::Ready(None),
+            None => Poll::Pending,
+        }
+    }
+
+    /// Sends no more. What was sent is still received; after that a handler ends, and a command finds its mailbox closed.
+    pub fn disconnect(&self) {
+        let state = &mut *self.shared.state();
+        if !state.is_closed() {
+            state.disconnected = true;
+            state.voluntary = true;
+            state.wake_driver();
+            self.shared.has_room.notify_waiters();
+        }
+    }
+
+    /// Sends its process a signal; whether it was still there. The guest does not see signals: what would end a process,
+    /// ends it.
+    pub fn kill(&self, signal: Signal) -> bool {
+        let state = &mut *self.shared.state();
+        let felt = state.ended.is_none() && self.shared.signaller.send(signal);
+        state.voluntary |= felt;
+        felt
+    }
+
+    /// Waits until the guest has ended. Cancel-safe, and answers the same when it is asked again. Messages that were not
+    /// taken can still be.
+    ///
+    /// # Errors
+    /// When the guest never ran: its imports are not offered, a wall is missing.
+    pub async fn wait(&self) -> Result<Outcome, Error> {
+        let mut notified = std::pin::pin!(self.shared.ended.notified());
+        loop {
+            notified.as_mut().enable();
+            if let Some(ended) = self.shared.state().ended.clone() {
+                return ran(ended);
+            }
+            notified.as_mut().await;
+            notified.set(self.shared.ended.notified());
+        }
+    }
+
+    /// Asks it to end: disconnects, waits for the grace time, and sends it the kill signal, and SIGKILL when that does not
+    /// end it. What it sent can still be taken.
+    ///
+    /// Cancel-safe: when it is called again, the grace time begins anew.
+    ///
+    /// # Errors
+    /// As [`Fork::wait`].
+    pub async fn shutdown(&self) -> Result<Outcome, Error> {
+        self.disconnect();
+        for signal in [self.kill_signal, Signal::KILL] {
+            if let Ok(outcome) = tokio::time::timeout(self.grace, self.wait()).await {
+                return outcome;
+            }
+            self.kill(signal);
+        }
+        self.wait().await
+    }
+}
+
+impl Drop for Fork {
+    fn drop(&mut self) {
+        self.shared.signaller.send(Signal::KILL);
+        // and with it what waits for the process
+        self.driver.abort();
+    }
+}
+
+/// Moves the messages of one guest.
+struct Driver {
+    shared: Arc<Shared>,
+    worker: Worker,
+    message_max: usize,
+    is_handler: bool,
+    started: Instant,
+    /// The guest was told that no more will come.
+    drained: bool,
+    tasks: u64,
+    /// It said what it should not.
+    broken: Option<String>,
+}
+
+impl Driver {
+    async fn run(mut self) {
+        let end = poll_fn(|cx| self.poll(cx)).await;
+        let end = match self.broken.take() {
+            Some(reason) => End::Failed { stage: Stage::Protocol, reason, hint: None },
+            None => end,
+        };
+        self.worker.voluntary = self.shared.state().voluntary;
+        let pid = self.worker.process.pid();
+        let outcome = self.worker.gone(end);
+        let asked = {
+            let state = &mut *self.shared.state();
+            state.ended = Some(outcome.clone());
+            let waiting = state.outgoing.pending().len();
+            state.outgoing.advance(waiting);
+            std::mem::take(&mut state.asked)
+        };
+        for (_, ticket) in asked {
+            answer(ticket, Answer::Ended(outcome.clone()));
+        }
+        let _ = self.shared.events.send(Event::Exit { worker: 1, pid, tasks: self.tasks, outcome });
+        self.shared.ended.notify_waiters();
+        self.shared.received.notify_waiters();
+        self.shared.has_room.notify_waiters();
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        loop {
+            let is_full = self.give(cx);
+            if is_full {
+                // it may still end, and then what it has sent is bounded by what the socket holds
+                std::task::ready!(self.worker.process.poll_unread(cx));
+            }
+            let Self { shared, worker, message_max, is_handler, started, tasks, broken, .. } = self;
+            let Worker { process, notes, .. } = worker;
+            let pid = process.pid();
+            let mut came = Came { state: shared.state(), shared, notes, message_max: *message_max, received: 0 };
+            let seen = process.poll(cx, |frame| {
+                if broken.is_some() {
+                    return;
+                }
+                if frame.kind == Kind::Ready {
+                    let start_ms = millis(started.elapsed());
+                    let _ = shared.events.send(Event::Online { worker: 1, pid, start_ms });
+                } else if let Err(reason) = came.take(&frame, *is_handler, tasks) {
+                    *broken = Some(reason);
+                }
+            });
+            let received = came.received;
+            drop(came);
+            if received > 0 {
+                shared.received.notify_waiters();
+            }
+            if broken.is_some() {
+                process.signal(Signal::KILL);
+            }
+            match seen {
+                Poll::Ready(Seen::Gone(end)) => return Poll::Ready(end),
+                Poll::Ready(Seen::Broken(error)) => {
+                    broken.get_or_insert(error.to_string());
+                    process.signal(Signal::KILL);
+                }
+                Poll::Ready(Seen::Progress) => {}
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+    }
+
+    /// Gives the process what waits for it; whether so much has come from it that no more is read.
+    fn give(&mut self, cx: &mut Context<'_>) -> bool {
+        let state = &mut *self.shared.state();
+        state.driver = Some(cx.waker().clone());
+        let process = &mut self.worker.process;
+        if process.waiting_bytes() < WRITE_AHEAD {
+            let was_full = state.outgoing.pending().len() > WAITING_MAX;
+            process.send_all(&mut state.outgoing);
+            if was_full {
+                self.shared.has_room.notify_waiters();
+            }
+        }
+        if state.disconnected && !self.drained && state.outgoing.pending().is_empty() {
+            self.drained = true;
+            process.send(Kind::Drain, 0, b"");
+            let _ = self.shared.events.send(Event::Disconnect { worker: 1 });
+        }
+        state.incoming_bytes > WAITING_MAX
+    }
+}
+
+/// Takes frames while the state is locked.
+struct Came<'a> {
+    state: MutexGuard<'a, State>,
+    shared: &'a Shared,
+    notes: &'a mut Notes,
+    message_max: usize,
+    received: usize,
+}
+
+impl Came<'_> {
+    /// Takes one frame.
+    ///
+    /// # Errors
+    /// Says what is wrong with it, when the process has broken the protocol.
+    fn take(&mut self, frame: &Frame<'_>, is_handler: bool, tasks: &mut u64) -> Result<(), String> {
+        let message = || Message::check(frame.body, self.message_max);
+        match frame.kind {
+            Kind::Message => {
+                // its process has looked at it already
+                let message = message().map_err(|error| format!("it sent what is no message: {error}"))?;
+                match self.state.asked.pop_front_if(|_| !is_handler) {
+                    Some((_, ticket)) => answer(ticket, Answer::Reply(message)),
+                    None => self.receive(message),
+                }
+            }
+            Kind::Reply | Kind::NoReply | Kind::TaskError if is_handler => {
+                let Some((_, ticket)) = self.state.asked.pop_front_if(|(id, _)| *id == frame.id) else {
+                    return Err(format!("it answered message {}, which it was not asked", frame.id));
+                };
+                *tasks += 1;
+                let given = match (frame.kind, message()) {
+                    (Kind::NoReply, _) => Answer::NoReply,
+                    (_, Err(error)) => Answer::Invalid(error),
+                    (Kind::Reply, Ok(reply)) => Answer::Reply(reply),
+                    (_, Ok(reason)) => Answer::Error(reason),
+                };
+                match (ticket, given) {
+                    (Some(ticket), given) => answer(Some(ticket), given),
+                    (None, Answer::Reply(reply)) => self.receive(reply),
+                    (None, Answer::NoReply | Answer::Ended(_)) => {}
+                    (None, Answer::Error(reason)) => {
+                        self.complain(format!("the guest failed message {}: {reason}", frame.id));
+                    }
+                    (None, Answer::Invalid(error)) => {
+                        self.complain(format!("the guest's answer to message {} is {error}", frame.id));
+                    }
+                }
+            }
+            _ => self.notes.take(frame),
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self, message: Message) {
+        self.state.incoming_bytes += message.as_str().len();
+        self.state.incoming.push_back(message);
+        self.received += 1;
+    }
+
+    fn complain(&self, message: String) {
+        let _ = self.shared.events.send(Event::Error { worker: Some(1), message });
+    }
+}
+
+/// Tells an answer to whoever asked, who may have gone.
+fn answer(ticket: Option<oneshot::Sender<Answer>>, answer: Answer) {
+    if let Some(ticket) = ticket {
+        let _ = ticket.send(answer);
+    }
+}

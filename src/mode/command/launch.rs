@@ -1,0 +1,312 @@
+//! What every guest with a process of its own is started with, and how it is watched until it is gone.
+
+use std::{
+    os::fd::{AsFd, BorrowedFd},
+    path::{Component, Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use crate::{
+    Error,
+    child::{CommandConfig, Compiler, entry, jail_of},
+    grant::{GrantError, Grants},
+    limits::{Bytes, CompileLimits, Limits},
+    message::Message,
+    outcome::{End, LimitKind, Outcome, Stage, Usage},
+    process::{
+        Clock, Isolation, Process, Program, Role,
+        wire::{Frame, Kind},
+    },
+    sandbox::{Cache, Code, Cwd, EngineSpec, Guest, Identity, LoadError, name_of, open_file},
+    signal::Signal,
+};
+
+/// How much later than our clock the kernel's is.
+const BACKSTOP: Duration = Duration::from_secs(2);
+
+/// What a frame may have beside a message.
+const FRAME_SLACK: u32 = 64 << 10;
+
+/// A guest, and what it gets and may.
+#[derive(Debug, Clone)]
+pub(super) struct Settings {
+    pub(super) guest: PathBuf,
+    pub(super) args: Vec<String>,
+    /// Its own name, when that is not the file's.
+    pub(super) argv0: Option<String>,
+    pub(super) grants: Grants,
+    pub(super) limits: Limits,
+    pub(super) cache: Cache,
+    /// Whether the file is code that is trusted.
+    pub(super) precompiled: bool,
+    pub(super) compiler: Compiler,
+}
+
+impl Settings {
+    pub(super) fn new(guest: PathBuf, isolation: Isolation) -> Self {
+        Self {
+            guest,
+            args: vec![],
+            argv0: None,
+            grants: Grants::default(),
+            limits: Limits::of_a_run(),
+            cache: Cache::at(None),
+            precompiled: false,
+            compiler: Compiler { program: Program::Own, isolation, limits: CompileLimits::default() },
+        }
+    }
+
+    /// Sees that it can be started at all.
+    ///
+    /// # Errors
+    /// Says what is missing.
+    pub(super) fn check(&self) -> Result<(), Error> {
+        if !self.compiler.program.is_prepared() {
+            return Err(Error::Usage(
+                "call `wrun::init()` first thing in `main`: guests are compiled by this program, started again".into(),
+            ));
+        }
+        Ok(self.grants.check().map_err(LoadError::from)?)
+    }
+
+    /// An engine that does not look after the guest's time.
+    pub(super) fn spec(&self) -> EngineSpec {
+        EngineSpec { epoch_checks: false, fuel: self.limits.fuel.is_some(), stack: self.limits.stack, pool: None }
+    }
+
+    /// The guest's code, found or compiled.
+    ///
+    /// # Errors
+    /// When it is no guest, or is not compiled within its limits.
+    pub(super) async fn load(&self, spec: EngineSpec) -> Result<Code, Error> {
+        if self.precompiled {
+            let damaged = || LoadError::Precompiled { reason: "the file is damaged, or not made by wrun".into() };
+            return Ok(Code::open(open_file(&self.guest)?).ok_or_else(damaged)?);
+        }
+        let guest = Guest::read(&self.guest)?;
+        let entry = entry(&self.cache, spec, &guest)?;
+        Ok(self.compiler.load(entry.as_deref(), spec, &guest).await?.0)
+    }
+
+    /// Its arguments, its own name first.
+    pub(super) fn argv(&self) -> Vec<String> {
+        let own = self.argv0.clone().unwrap_or_else(|| self.guest.display().to_string());
+        std::iter::once(own).chain(self.args.iter().cloned()).collect()
+    }
+
+    /// Who it is, in this process or in one of its own.
+    pub(super) fn identity(&self, process: bool) -> Identity {
+        Identity::alone(name_of(&self.guest), process)
+    }
+
+    /// Starts its process with these standard streams.
+    ///
+    /// # Errors
+    /// When it does not fit, or the system has no room for another process.
+    pub(super) fn start(&self, code: &Code, extra: Extra, streams: [BorrowedFd<'_>; 3]) -> Result<Worker, Error> {
+        let (spec, inspection) = (self.spec(), code.inspection.clone());
+        let cannot = Error::io("start a process");
+        let mut jail = jail_of(
+            self.compiler.isolation,
+            (&self.grants, &self.limits),
+            (&spec, 1),
+            (&inspection, code.size().map_err(Error::io("look at the compiled guest"))?),
+            None,
+        );
+        // should this process be stopped, the kernel's clock goes on
+        jail.bounds.cpu = self.limits.timeout.map(|timeout| timeout.saturating_add(BACKSTOP));
+        if self.grants.dirs.iter().all(|dir| dir.read_only) {
+            // the only files that it can write are those that its output was sent to
+            jail.bounds.file_size = Bytes(u64::MAX);
+        }
+        let config = CommandConfig {
+            engine: spec,
+            inspection,
+            grants: self.grants.clone(),
+            limits: self.limits.clone(),
+            args: self.argv(),
+            identity: self.identity(true),
+            data: extra.data,
+            cwd: extra.cwd,
+            mailbox: extra.mailbox,
+            jail,
+        };
+        let message_max = u32::try_from(self.limits.message_max.0).unwrap_or(u32::MAX);
+        // how it ended comes with a backtrace
+        let body_max = message_max.saturating_add(FRAME_SLACK).max(1 << 20);
+        let [stdin, stdout, stderr] = streams;
+        let fds = [code.as_fd(), stdin, stdout, stderr];
+        let process = Process::start(&self.compiler.program, Role::Command, &config, &fds, body_max).map_err(cannot)?;
+        let limit = self.limits.timeout;
+        let clock = limit.map(|limit| process.time(limit, extra.kill_signal, extra.grace)).transpose();
+        Ok(Worker {
+            started: Instant::now(),
+            clock: clock.map_err(Error::io("start a clock"))?,
+            limit,
+            process,
+            notes: Notes::default(),
+            voluntary: false,
+            outcome: None,
+        })
+    }
+
+    /// The working directory of this name in the guest, which lies in a folder that is granted.
+    ///
+    /// # Errors
+    /// Says why there is none.
+    pub(super) fn cwd(&self, guest: &str) -> Result<Cwd, Error> {
+        let refused = |reason: String| {
+            let grant = format!("--cwd {guest}");
+            Error::from(LoadError::from(GrantError { grant, reason }))
+        };
+        let of_dir = |dir: &Path| Path::new(guest).strip_prefix(dir).ok().map(Path::to_owned);
+        let dirs = self.grants.dirs.iter().filter_map(|dir| Some((dir, of_dir(Path::new(&dir.guest))?)));
+        let Some((dir, rest)) = dirs.min_by_key(|(_, rest)| rest.components().count()) else {
+            return Err(refused("it lies in no folder that is granted with `--dir`".into()));
+        };
+        if !rest.components().all(|part| matches!(part, Component::Normal(_))) {
+            return Err(refused("expected a path without `..`".into()));
+        }
+        let found =
+            std::fs::canonicalize(&dir.host).and_then(|root| Ok((std::fs::canonicalize(root.join(&rest))?, root)));
+        match found {
+            Ok((host, root)) if host.starts_with(&root) && host.is_dir() => {
+                Ok(Cwd { guest: guest.to_owned(), host, read_only: dir.read_only })
+            }
+            Ok((host, root)) if host.starts_with(&root) => Err(refused("it is not a folder".into())),
+            Ok(_) => Err(refused(format!("a link leads out of `{dir}`"))),
+            Err(error) => Err(refused(error.to_string())),
+        }
+    }
+}
+
+/// What not every guest gets.
+#[derive(Debug)]
+pub(super) struct Extra {
+    /// What `worker.get-data` answers.
+    pub(super) data: Message,
+    /// The folder that it starts in.
+    pub(super) cwd: Option<Cwd>,
+    /// Whether its mailbox leads to us.
+    pub(super) mailbox: bool,
+    /// What it gets when its time is over ...
+    pub(super) kill_signal: Signal,
+    /// ... and how much later SIGKILL.
+    pub(super) grace: Duration,
+}
+
+impl Default for Extra {
+    fn default() -> Self {
+        Self { data: Message::null(), cwd: None, mailbox: false, kill_signal: Signal::KILL, grace: Duration::ZERO }
+    }
+}
+
+/// A guest's process, until it is gone and after.
+#[derive(Debug)]
+pub(super) struct Worker {
+    pub(super) process: Process,
+    started: Instant,
+    clock: Option<Clock>,
+    limit: Option<Duration>,
+    pub(super) notes: Notes,
+    /// Whether we have asked it to end.
+    pub(super) voluntary: bool,
+    outcome: Option<Outcome>,
+}
+
+/// What a process says of itself.
+#[derive(Debug, Default)]
+pub(super) struct Notes {
+    /// How its guest ended.
+    said: Option<Outcome>,
+    panicked: Option<String>,
+}
+
+impl Notes {
+    /// Takes a frame that is no message.
+    pub(super) fn take(&mut self, frame: &Frame<'_>) {
+        match frame.kind {
+            Kind::Ended => self.said = serde_json::from_slice::<Outcome>(frame.body).ok(),
+            Kind::Panic => {
+                self.panicked = Some(format!("its process panicked: {}", String::from_utf8_lossy(frame.body)));
+            }
+            Kind::Walls => tracing::warn!("a wall is missing: {}", String::from_utf8_lossy(frame.body)),
+            _ => {}
+        }
+    }
+}
+
+impl Worker {
+    /// Sends it a signal; whether it was still there.
+    pub(super) fn kill(&mut self, signal: Signal) -> bool {
+        let felt = self.outcome.is_none() && self.process.signal(signal);
+        self.voluntary |= felt;
+        felt
+    }
+
+    /// Whether it is still there.
+    pub(super) fn is_alive(&mut self) -> bool {
+        self.outcome.is_none() && !matches!(self.process.ended_within(Duration::ZERO), Ok(Some(_)))
+    }
+
+    /// Waits until it is gone for at most the grace time, then sends it the signal, and after as much time again SIGKILL.
+    ///
+    /// # Errors
+    /// As [`Worker::wait`].
+    pub(super) async fn end(&mut self, grace: Duration, signal: Signal) -> Result<Outcome, Error> {
+        for signal in [signal, Signal::KILL] {
+            if let Ok(outcome) = tokio::time::timeout(grace, self.wait()).await {
+                return outcome;
+            }
+            self.kill(signal);
+            if signal == Signal::KILL {
+                break;
+            }
+        }
+        self.wait().await
+    }
+
+    /// Waits until it is gone. Cancel-safe, and answers the same when it is asked again.
+    ///
+    /// # Errors
+    /// When its guest never ran.
+    pub(super) async fn wait(&mut self) -> Result<Outcome, Error> {
+        if self.outcome.is_none() {
+            let Self { process, notes, .. } = self;
+            let end = process.wait(|frame| notes.take(&frame)).await;
+            self.gone(end);
+        }
+        ran(self.outcome.clone().expect("it is gone"))
+    }
+
+    /// Notes how its process ended: how its guest did.
+    pub(super) fn gone(&mut self, end: End) -> Outcome {
+        let outcome = self.notes.said.take().unwrap_or_else(|| {
+            let end = match (self.limit, self.notes.panicked.take()) {
+                (Some(limit), _) if self.clock.as_ref().is_some_and(Clock::has_fired) => {
+                    End::Limit { limit: LimitKind::Time, allowed: format!("{limit:?}") }
+                }
+                (_, Some(reason)) => End::Failed { stage: Stage::Start, reason, hint: None },
+                _ => end,
+            };
+            end.with(Usage::wall(self.started.elapsed()))
+        });
+        self.clock = None;
+        let outcome = Outcome { voluntary: self.voluntary, ..outcome };
+        self.outcome = Some(outcome.clone());
+        outcome
+    }
+}
+
+/// An outcome, if its guest ran at all.
+///
+/// # Errors
+/// Why it did not.
+pub(super) fn ran(outcome: Outcome) -> Result<Outcome, Error> {
+    match outcome.end {
+        End::Failed { stage, reason, hint } if stage.is_hopeless() => {
+            Err(LoadError::Reported { stage, reason, hint }.into())
+        }
+        _ => Ok(outcome),
+    }
+}
