@@ -352,6 +352,11 @@ struct Driver {
 impl Driver {
     async fn run(mut self) {
         let end = poll_fn(|cx| self.poll(cx)).await;
+        self.ended(end);
+    }
+
+    /// Tells all who wait how it ended.
+    fn ended(&mut self, end: End) {
         let end = match self.broken.take() {
             Some(reason) => End::Failed { stage: Stage::Protocol, reason, hint: None },
             None => end,
@@ -435,6 +440,17 @@ impl Driver {
             let _ = self.shared.events.send(Event::Disconnect { worker: 1 });
         }
         state.incoming_bytes > WAITING_MAX
+    }
+}
+
+impl Drop for Driver {
+    /// Its runtime is gone, or its [`Fork`]: the guest goes with it.
+    fn drop(&mut self) {
+        let has_ended = self.shared.state().ended.is_some();
+        if !has_ended {
+            self.worker.process.kill();
+            self.ended(End::Cancelled);
+        }
     }
 }
 

@@ -287,7 +287,14 @@ impl Worker {
                     End::Limit { limit: LimitKind::Time, allowed: format!("{limit:?}") }
                 }
                 (_, Some(reason)) => End::Failed { stage: Stage::Start, reason, hint: None },
-                _ => end,
+                _ => match end {
+                    End::Exited { code } => {
+                        let reason =
+                            format!("its process exited with code {code}, and did not say how its guest ended");
+                        End::Failed { stage: Stage::Start, reason, hint: None }
+                    }
+                    end => end,
+                },
             };
             end.with(Usage::wall(self.started.elapsed()))
         });

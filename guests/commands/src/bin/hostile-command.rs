@@ -30,8 +30,8 @@ usage: hostile-command ACT
   hunt PATH TIMES    reads a file so many times and prints each text that it finds, once
   ls PATH            prints the names in a directory, sorted
   stderr TEXT        prints to stderr
-  turns TIMES        prints a line to stdout and one to stderr, so many times
-  say TEXT ACT       prints, and goes on with another act";
+  turns TIMES [ACT]  prints a line to stdout and one to stderr, so many times, and goes on with another act
+  say TEXT [ACT]     prints, and goes on with another act";
 
 const MIB: usize = 1 << 20;
 
@@ -61,6 +61,7 @@ fn main() -> ExitCode {
 /// Answers `None` when the arguments make no act.
 fn perform(args: &[&str]) -> Option<io::Result<()>> {
     let outcome = match *args {
+        [] => Ok(()),
         ["trap"] => trap(),
         ["panic"] => panic!("as told"),
         ["spin"] => spin(),
@@ -91,11 +92,18 @@ fn perform(args: &[&str]) -> Option<io::Result<()>> {
         ["hunt", path, times] => hunt(path, times.parse().ok()?),
         ["ls", path] => ls(path),
         ["stderr", text] => writeln!(io::stderr(), "{text}"),
-        ["turns", times] => turns(times.parse().ok()?),
-        ["say", text, ref act @ ..] => match print(text.as_bytes()) {
-            Ok(()) => return perform(act),
-            error => error,
-        },
+        ["turns", times, ref act @ ..] => {
+            return match turns(times.parse().ok()?) {
+                Ok(()) => perform(act),
+                error => Some(error),
+            };
+        }
+        ["say", text, ref act @ ..] => {
+            return match print(text.as_bytes()) {
+                Ok(()) => perform(act),
+                error => Some(error),
+            };
+        }
         _ => return None,
     };
     Some(outcome)
