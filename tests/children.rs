@@ -108,7 +108,7 @@ fn output_is_collected_with_how_it_ended() {
         assert_eq!(output.stderr, b"err 0\nerr 1\nerr 2\n");
         let output = told(&["say", "last", "exit", "255"]).output().await.unwrap();
         assert_eq!((output.stdout, output.outcome.end), (b"last".into(), End::Exited { code: 255 }));
-        let output = wrun_exec().await;
+        let output = command(ARGS).args(["a", "b"]).output().await.unwrap();
         assert!(output.stdout.starts_with(b"{\"args\":[\"") && output.stdout.ends_with(b"\"a\",\"b\"],\"env\":{}}\n"));
 
         let mut flood = told(&["flood"]);
@@ -118,10 +118,6 @@ fn output_is_collected_with_how_it_ended() {
         let child = flood.stdout(Stdio::piped()).spawn().await.unwrap();
         assert_eq!(child.wait_with_output().await.unwrap().stdout.len(), 1 << 20);
     });
-
-    async fn wrun_exec() -> wrun::Output {
-        command(ARGS).args(["a", "b"]).output().await.unwrap()
-    }
 }
 
 #[test]

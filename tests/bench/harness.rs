@@ -202,8 +202,8 @@ pub(crate) struct Node {
     stdout: std::io::BufReader<ChildStdout>,
 }
 
-/// `child_process.fork`: `N LENGTH WINDOW` sends so many messages, and answers the microseconds that took;
-/// `fork` starts a child, and answers the microseconds to its first message.
+/// `child_process.fork`: `N LENGTH WINDOW` sends so many messages, and answers the microseconds that took, or with a
+/// further number those of one message, of which so many per cent take no longer; `fork` starts a child, and answers the microseconds to its first message.
 const NODE: &str = r#"
 const { fork } = require("child_process"), fs = require("fs"), os = require("os"), path = require("path");
 const file = path.join(fs.mkdtempSync(path.join(os.tmpdir(), "wrun-bench-")), "child.js");
@@ -214,11 +214,15 @@ start().then(child => {
   require("readline").createInterface({ input: process.stdin }).on("line", async line => {
     const since = process.hrtime.bigint();
     if (line === "fork") { const c = await start(); console.log(micros(since)); c.kill(); return; }
-    let [count, length, window] = line.split(" ").map(Number), sent = 0, got = 0;
-    const text = "x".repeat(length);
+    let [count, length, window, percent] = line.split(" ").map(Number), sent = 0, got = 0, last = since;
+    const text = "x".repeat(length), each = [];
     child.removeAllListeners("message");
     child.on("message", () => {
-      if (++got === count) console.log(micros(since));
+      if (percent) { const now = process.hrtime.bigint(); each.push(Number(now - last) / 1000); last = now; }
+      if (++got === count) {
+        each.sort((a, b) => a - b);
+        console.log(percent ? each[Math.floor(count * percent / 100)] : micros(since));
+      }
       else if (sent < count) { sent++; child.send(text); }
     });
     while (sent < Math.min(window, count)) { sent++; child.send(text); }

@@ -8,7 +8,7 @@ use wrun::{Cluster, cluster::Answer, message::Message};
 use crate::harness::{Echo, Node, Probe, compare, pool, time, with_pool};
 
 /// Lengths of messages, and how many of each are sent in a round.
-const LENGTHS: [(&str, usize, usize); 4] =
+pub(crate) const LENGTHS: [(&str, usize, usize); 4] =
     [("64 B", 64, 20_000), ("1 KiB", 1 << 10, 20_000), ("64 KiB", 64 << 10, 4_000), ("1 MiB", 1 << 20, 200)];
 
 pub(crate) fn run() {

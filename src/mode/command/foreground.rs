@@ -10,7 +10,6 @@ use std::{
     io::{self, Read, Write},
     ops::ControlFlow,
     sync::Arc,
-    task::Poll,
     thread::JoinHandle,
     time::Duration,
 };
@@ -282,7 +281,7 @@ async fn receive_lines(fork: &Fork, out: &Target) {
         message.write_line(&mut text);
         text.push(b'\n');
         while text.len() < CHUNK
-            && let Poll::Ready(Some(message)) = fork.take()
+            && let Some(message) = fork.try_recv()
         {
             message.write_line(&mut text);
             text.push(b'\n');

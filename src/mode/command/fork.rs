@@ -254,8 +254,17 @@ impl Fork {
         }
     }
 
+    /// The next message from the guest, if one is here.
+    #[must_use]
+    pub fn try_recv(&self) -> Option<Message> {
+        match self.take() {
+            Poll::Ready(message) => message,
+            Poll::Pending => None,
+        }
+    }
+
     /// What [`Fork::recv`] would answer without waiting.
-    pub(super) fn take(&self) -> Poll<Option<Message>> {
+    fn take(&self) -> Poll<Option<Message>> {
         let state = &mut *self.shared.state();
         match state.incoming.pop_front() {
             Some(message) => {
