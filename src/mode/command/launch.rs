@@ -220,6 +220,8 @@ pub(super) struct Notes {
     /// How its guest ended.
     said: Option<Outcome>,
     panicked: Option<String>,
+    /// That walls are missing is told once, however often it says so.
+    walls_told: bool,
 }
 
 impl Notes {
@@ -230,7 +232,9 @@ impl Notes {
             Kind::Panic => {
                 self.panicked = Some(format!("its process panicked: {}", String::from_utf8_lossy(frame.body)));
             }
-            Kind::Walls => tracing::warn!("a wall is missing: {}", String::from_utf8_lossy(frame.body)),
+            Kind::Walls if !std::mem::replace(&mut self.walls_told, true) => {
+                tracing::warn!("a wall is missing: {}", String::from_utf8_lossy(frame.body));
+            }
             _ => {}
         }
     }

@@ -3,8 +3,40 @@
 //! [`fork()`]). And [`Run`], which runs one in the foreground, if need be in this very process.
 //!
 //! What [`std::process`] and `tokio::process` have is here under their names. All that waits is `async`, and must be
-//! called inside of a tokio runtime with its I/O enabled; what ends in `_blocking` needs no runtime, and must not be called
-//! inside of one.
+//! called inside of a tokio runtime with its I/O and its time enabled; what ends in `_blocking` needs no runtime, and must
+//! not be called inside of one. Starting a guest reads its file and looks for its code on the thread that asks.
+//!
+//! Dropping a future that waits loses nothing where it says *cancel-safe*. A child that is dropped is ended.
+//!
+//! # What Node's `child_process` has
+//!
+//! | in Node | here |
+//! | --- | --- |
+//! | `spawn(file, args)`, events `spawn`, `exit`, `close`, `error` | [`Command::spawn`], `wrun spawn`; with `--json` events `fork`, `exit`, `close`; what could not be started is an error |
+//! | `execFile`, promisified, with `encoding`, `maxBuffer` | [`Command::output`], `wrun exec`, [`Command::output_max`]; bytes, and in JSON a text or base64 |
+//! | `exec(line)`, `shell` | no: there is no shell in the sandbox, and a line that is split is how arguments are smuggled; arguments are a list |
+//! | `fork`, `send`, events `message`, `disconnect`; `disconnect()` | [`Command::fork`], `wrun fork`; [`Fork::send`], [`Fork::recv`], [`Fork::request`], [`Fork::events`], [`Fork::disconnect`] |
+//! | `send` that answers `false` | [`SendError::Full`], and [`Fork::ready`] |
+//! | `process.send`, `process.on("message")`, `connected`, in the child | `wrun:guest/mailbox`, or a handler |
+//! | `spawnSync`, `execSync`, `input` | [`Command::spawn_blocking`], [`Command::output_blocking`], `wrun exec --input` |
+//! | `cwd` | [`Command::current_dir`]: a folder within one that is granted |
+//! | `env` (all, by default) | [`Command::env`]: none by default |
+//! | `argv0` | [`Command::arg0`] |
+//! | `stdio`: `pipe`, `inherit`, `ignore`, a stream; `silent` | [`Stdio`]: piped, inherited, null, anything that is open |
+//! | `stdio` from 3 on, `overlapped`, an `ipc` slot | no: a guest has no descriptors; the mailbox is always beside its streams |
+//! | `timeout`, `killSignal` | [`Command::timeout`], [`Command::kill_signal`], [`Command::grace`] |
+//! | `signal` (an `AbortSignal`) | drop the child, or what waits for it |
+//! | `kill(signal)`, `kill(0)`, `killed`, `exitCode`, `signalCode` | [`Child::kill`], [`Child::is_alive`], and the [`Outcome`] |
+//! | `pid`, `spawnfile`, `spawnargs` | [`Child::id`], and what the [`Command`] was given |
+//! | `[Symbol.dispose]()` | dropping it |
+//! | `ref`, `unref` | nothing waits for a child unless it is asked to |
+//! | `execPath`, `execArgv` | [`Command::limits`], [`Command::isolation`]: what a child's engine is made with |
+//! | `serialization` | JSON, which is what a guest's contract knows |
+//! | `detached` | no: a child does not outlive its parent |
+//! | `uid`, `gid` | no: a child has the user of its parent and, in the jail, nothing of what that may do |
+//! | handles with `send`, `NODE_CHANNEL_FD` | no: a guest has no sockets but those that it was granted; several guests share a port in a [`Cluster`](crate::Cluster) |
+//! | `windowsHide`, `windowsVerbatimArguments` | no: Linux only |
+//! | a guest that starts guests | not yet |
 
 mod blocking;
 mod child;
