@@ -24,7 +24,7 @@
 //!        │                    │
 //!        │        supervisor/{slot, restart, worker}     slots of workers: start, watch, drain, replace
 //!        │                    │
-//!        │        process/{wire, page, port, child, jail, filter}    one child process: frames, counters, walls, its end
+//!        │        process/{wire, page, port, names, child, jail, filter}    one child process: frames, counters, walls, its end
 //!        │                    ┊  (a socket pair)
 //!        │        child/{worker, http/, command, compiler, trial, pulse, output}    what such a process does
 //!        │                    │
@@ -48,6 +48,10 @@
 //! as code, which the primary keeps and never looks into. A worker maps the code, closes the jail behind itself
 //! (`process/jail`), and only then links and starts the guest.
 //!
+//! A connection's way out: the instance asks the worker's network (`sandbox/host/network`), which decides by the grants and
+//! the address, and connects to that very address. Names are looked up by the primary (`process/names`), which checks them
+//! again. What is refused comes back as an [`event`] that names the missing [`grant`].
+//!
 //! # Invariants
 //!
 //! - Two walls stand between a guest and the host: the engine, and what the system lets the guest's process do. Only
@@ -62,7 +66,7 @@
 //! - Every task that was read is answered once; one that is begun twice says so.
 //! - A request is lost only with the worker that had it. Who takes over a slot accepts before its predecessor stops.
 //! - Workers do not outlive their primary, whatever ends it.
-//! - What decides is pure (`dispatch`, `slot`, `restart`, `wire`, `framing`): the clock is handed in, and what to do
+//! - What decides is pure (`dispatch`, `slot`, `restart`, `wire`, `framing`, `grant`): the clock is handed in, and what to do
 //!   comes out.
 //! - Modes tell what happens as [`event`]s and do not print; `report` in the command is the only code that does.
 //! - `unsafe` is in `sandbox/code.rs` (mapping machine code), `process/page.rs` (shared counters), `process/child.rs` (the

@@ -55,6 +55,7 @@ fn run(args: RunArgs, printer: Printer) -> Result<u8, Error> {
         .precompiled(args.precompiled)
         .isolation(args.isolation.into())
         .compile_limits(args.compile.limits())
+        .on_denied(move |denied| printer.denied(denied))
         .run_or_exit(move |outcome| {
             let code = outcome.end.exit_code();
             // whoever should read the news may be as stuck as the guest: the end waits for neither for long

@@ -1,7 +1,10 @@
 //! A child that runs one command guest, with the standard streams that it was given.
 
 use std::{
-    os::fd::{IntoRawFd, OwnedFd},
+    os::{
+        fd::{IntoRawFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     sync::Arc,
 };
 
@@ -9,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{enter, exit_with_primary};
 use crate::{
-    grant::Grants,
+    grant::{Denied, Grants},
     limits::Limits,
     outcome::{Outcome, Usage},
     process::{
@@ -17,7 +20,7 @@ use crate::{
         child::{Out, Start, report_panics},
         wire::Kind,
     },
-    sandbox::{Code, EngineSpec, Inspection, LoadError, Mapped, Setup, Shape},
+    sandbox::{Code, EngineSpec, Inspection, LoadError, Mapped, Network, Roots, Setup, Shape},
 };
 
 /// What a command is told.
@@ -29,6 +32,8 @@ pub(crate) struct CommandConfig {
     pub(crate) inspection: Inspection,
     /// What the guest may touch.
     pub(crate) grants: Grants,
+    /// Who vouches for the servers that it sends requests to.
+    pub(crate) roots: Roots,
     /// What bounds it. The primary watches the clock.
     pub(crate) limits: Limits,
     /// Its arguments, its own name first.
@@ -37,7 +42,8 @@ pub(crate) struct CommandConfig {
     pub(crate) jail: Jail,
 }
 
-/// The child. Its code comes on the first descriptor, its standard streams on those after it.
+/// The child. Its code comes on the first descriptor, its standard streams on those after it, and last, when a name is
+/// granted, the line to who looks names up.
 pub(super) fn main(start: Start) -> i32 {
     let Start { socket, hello, fds, .. } = start;
     let Ok(out) = socket.try_clone().map(Out::new) else { return 125 };
@@ -59,23 +65,31 @@ fn run(out: &'static Out, config: &str, fds: Vec<OwnedFd>) -> Result<Outcome, Lo
     let (Some(code), Some(stdin), Some(stdout), Some(stderr)) = (fds.next(), fds.next(), fds.next(), fds.next()) else {
         return Err(broken("the command got no code or no standard streams".into()));
     };
+    let names = fds.next().map(UnixStream::from);
     rustix::stdio::dup2_stdin(stdin)
         .and_then(|()| rustix::stdio::dup2_stdout(stdout))
         .and_then(|()| rustix::stdio::dup2_stderr(stderr))
         .map_err(|error| broken(error.to_string()))?;
 
     let code = Code::checked(code.into(), config.inspection);
-    let (mapped, runtime) = enter(&config.jail, out, || {
+    let tell = |denied: Denied| {
+        out.push(Kind::Denied, 0, &serde_json::to_vec(&denied).expect("plain data has a JSON form"));
+        // what does not go now goes later
+        let _ = out.flush();
+    };
+    let (mapped, runtime, network) = enter(&config.jail, out, || {
         let engine = config.engine.engine().map_err(|error| broken(format!("{error:#}")))?;
         // the runtime makes sockets for itself
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        Ok((Mapped::of(engine, &code)?, runtime.map_err(|error| broken(error.to_string()))?))
+        let network = Network::prepare(&config.grants, names, &config.roots, tell);
+        Ok((Mapped::of(engine, &code)?, runtime.map_err(|error| broken(error.to_string()))?, network))
     })?;
     // what is missing is told of before the guest prints
     out.finish();
     exit_with_primary(out).map_err(|error| broken(error.to_string()))?;
     let sandbox = mapped.link(&code.inspection, Shape::Command)?;
-    let setup = Arc::new(Setup::of_command(config.grants, config.limits, config.args, true));
+    let setup = Setup::of_command(config.grants, config.limits, config.args, true);
+    let setup = Arc::new(Setup { network: Arc::new(network), ..setup });
     let outcome = runtime.block_on(sandbox.run(&setup));
     // a thread may still sit in a read of standard input: nobody waits for it
     runtime.shutdown_background();

@@ -10,7 +10,7 @@ use clap::{
 };
 use wrun::{
     Cache, Isolation,
-    grant::{DirGrant, Grants, parse_env},
+    grant::{DirGrant, Grants, HttpGrant, TcpGrant, parse_env},
     limits::{Bytes, CompileLimits, Limits, parse_duration},
 };
 
@@ -151,6 +151,12 @@ pub(crate) struct GrantArgs {
     /// A variable for the guest's environment; a name alone passes on wrun's own value
     #[arg(long = "env", value_name = "NAME[=VALUE]", value_parser = parse_env)]
     env: Vec<(String, String)>,
+    /// A host the guest may send HTTP requests to; without a port 80 for http and 443 for https
+    #[arg(long = "http", value_name = "HOST[:PORT]")]
+    http: Vec<HttpGrant>,
+    /// An address the guest may open TCP connections to
+    #[arg(long = "tcp", value_name = "HOST:PORT")]
+    tcp: Vec<TcpGrant>,
 }
 
 #[derive(Debug, Args)]
@@ -243,7 +249,7 @@ pub(crate) struct CacheArgs {
 
 impl GrantArgs {
     pub(crate) fn grants(self) -> Grants {
-        Grants { dirs: self.dirs, env: self.env }
+        Grants { dirs: self.dirs, env: self.env, http: self.http, tcp: self.tcp }
     }
 }
 

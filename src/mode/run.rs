@@ -2,6 +2,7 @@
 //! of its own.
 
 use std::{
+    fmt,
     os::fd::AsFd,
     path::PathBuf,
     sync::Arc,
@@ -11,11 +12,13 @@ use std::{
 use crate::{
     Error,
     child::{CommandConfig, Compiler, entry, jail_of},
-    grant::Grants,
+    grant::{Denied, Grants, REFUSALS_MAX},
     limits::{Bytes, CompileLimits, Limits},
     outcome::{End, LimitKind, Outcome, Stage, Usage},
-    process::{Isolation, Process, Program, Role, runtime, wire::Kind},
-    sandbox::{Cache, Code, EngineSpec, Guest, LoadError, Mapped, Sandbox, Setup, Shape, cpu_ms, open_file},
+    process::{Isolation, Process, Program, Role, names, runtime, wire::Kind},
+    sandbox::{
+        Cache, Code, EngineSpec, Guest, LoadError, Mapped, Network, Roots, Sandbox, Setup, Shape, cpu_ms, open_file,
+    },
 };
 
 /// What to run, and how.
@@ -39,6 +42,16 @@ pub struct Run {
     cache: Cache,
     precompiled: bool,
     compiler: Compiler,
+    on_denied: OnDenied,
+}
+
+/// Who hears what the guest was refused.
+struct OnDenied(Box<dyn Fn(&Denied) + Send + Sync>);
+
+impl fmt::Debug for OnDenied {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("OnDenied")
+    }
 }
 
 /// How a deadline ends a guest that computes.
@@ -64,6 +77,7 @@ impl Run {
                 isolation: Isolation::Thread,
                 limits: CompileLimits::default(),
             },
+            on_denied: OnDenied(Box::new(|denied| tracing::warn!("refused: {denied}"))),
         }
     }
 
@@ -113,6 +127,13 @@ impl Run {
     /// The program that children are made of, when it is not this one: a `wrun` of the same version.
     pub fn program(mut self, path: impl Into<PathBuf>) -> Self {
         self.compiler.program = Program::At(path.into());
+        self
+    }
+
+    /// Who hears what the guest was refused of the network: each grant that it lacks once, and not without end. Default a
+    /// warning.
+    pub fn on_denied(mut self, hear: impl Fn(&Denied) + Send + Sync + 'static) -> Self {
+        self.on_denied = OnDenied(Box::new(hear));
         self
     }
 
@@ -168,7 +189,13 @@ impl Run {
         let outcome = if here {
             let engine = spec.engine().map_err(|error| Error::Usage(format!("{error:#}")))?;
             let sandbox = Mapped::of(engine, &code)?.link(&code.inspection, Shape::Command)?;
+            // who looks names up is a task of this runtime
+            let _inside = runtime.enter();
+            let names = names::answer(&self.grants).map_err(Error::io("make a socket"))?;
+            let hear = move |denied| self.on_denied.0(&denied);
+            let network = Network::prepare(&self.grants, names, &Roots::of_environment(), hear);
             let setup = Arc::new(Setup {
+                network: Arc::new(network),
                 // its clock waits for that thread when it is ended from inside
                 shares_thread: spec.epoch_checks,
                 ..Setup::of_command(self.grants, self.limits, args, false)
@@ -192,11 +219,12 @@ impl Run {
                 engine: spec,
                 inspection: code.inspection.clone(),
                 grants: self.grants,
+                roots: Roots::of_environment(),
                 limits: self.limits,
                 args,
                 jail,
             };
-            runtime.block_on(run_aside(&self.compiler.program, &config, &code))?
+            runtime.block_on(run_aside(&self.compiler.program, &config, &code, &self.on_denied))?
         };
         // a thread may still sit in a read of standard input: nobody waits for it
         runtime.shutdown_background();
@@ -208,17 +236,33 @@ impl Run {
 const BACKSTOP: Duration = Duration::from_secs(2);
 
 /// Runs it in a process of its own, which gets the standard streams of this one.
-async fn run_aside(program: &Program, config: &CommandConfig, code: &Code) -> Result<Outcome, Error> {
+async fn run_aside(
+    program: &Program,
+    config: &CommandConfig,
+    code: &Code,
+    on_denied: &OnDenied,
+) -> Result<Outcome, Error> {
     let started = Instant::now();
     let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
-    let fds = [code.as_fd(), stdin.as_fd(), stdout.as_fd(), stderr.as_fd()];
+    let names = names::answer(&config.grants).map_err(Error::io("make a socket"))?;
+    let mut fds = vec![code.as_fd(), stdin.as_fd(), stdout.as_fd(), stderr.as_fd()];
+    fds.extend(names.as_ref().map(AsFd::as_fd));
     let body_max = u32::try_from(Bytes::mib(1).0).expect("small");
     let child = Process::start(program, Role::Command, config, &fds, body_max).map_err(Error::io("start a process"))?;
+    // the child has it now
+    drop(names);
+    let mut refusals = 0;
     let (mut said, mut panicked) = (None, None);
     let (end, out_of_time) = child
         .finish(config.limits.timeout, |frame| match frame.kind {
             Kind::Ended => said = serde_json::from_slice::<Outcome>(frame.body).ok(),
             Kind::Panic => panicked = Some(format!("its process panicked: {}", String::from_utf8_lossy(frame.body))),
+            Kind::Denied if refusals < REFUSALS_MAX => {
+                refusals += 1;
+                if let Ok(denied) = serde_json::from_slice(frame.body) {
+                    on_denied.0(&denied);
+                }
+            }
             Kind::Walls => tracing::warn!("a wall is missing: {}", String::from_utf8_lossy(frame.body)),
             _ => {}
         })

@@ -10,6 +10,7 @@
 pub(crate) mod child;
 mod filter;
 mod jail;
+pub(crate) mod names;
 mod page;
 pub(crate) mod port;
 pub(crate) mod wire;

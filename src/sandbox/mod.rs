@@ -28,7 +28,7 @@ pub(crate) use self::{
     code::{Code, Packed, compile},
     engine::{EngineSpec, Pool},
     guest::{binary, open_file},
-    host::{BodyError, Full, GuestBody, Identity, Outbox, Respond, Scheme, Unfinished},
+    host::{BodyError, Full, GuestBody, Identity, Network, Outbox, Respond, Roots, SOCKETS_MAX, Scheme, Unfinished},
     inspect::{import_hint, offered},
     instance::{Answer, Instance, Setup, cpu_ms},
     precheck::precheck,

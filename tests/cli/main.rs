@@ -25,6 +25,7 @@ mod inspect;
 mod jail;
 mod limits;
 mod load;
+mod network;
 mod readme;
 mod run;
 mod supervision;
