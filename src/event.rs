@@ -137,6 +137,15 @@ pub enum Event {
         /// How the task ended.
         outcome: Outcome,
     },
+    /// A guest was refused something of the network: once for each grant that it lacks, and not without end.
+    Denied {
+        /// The slot.
+        worker: WorkerId,
+        /// The flag that would have allowed it, such as `--tcp 127.0.0.1:5432`.
+        grant: String,
+        /// What the guest may not do, in words.
+        reason: String,
+    },
     /// Something went wrong that ends neither a worker nor the pool.
     Error {
         /// The slot, when it concerns one.

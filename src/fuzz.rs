@@ -77,11 +77,11 @@ fn sent(bytes: &[u8], body_max: u32, (frames, error): &Read) {
         }
         Some(WireError::UnknownKind { kind: found }) => {
             assert_eq!(Some(found), kind);
-            assert!(!(1..=19).contains(found));
+            assert!(!(1..=20).contains(found));
         }
         None => {
             assert!(length.is_none_or(|length| length <= body_max && rest.len() < 13 + length as usize));
-            assert!(kind.is_none_or(|kind| (1..=19).contains(kind)));
+            assert!(kind.is_none_or(|kind| (1..=20).contains(kind)));
         }
     }
 }
@@ -244,7 +244,7 @@ mod tests {
     }
 
     fn frame() -> impl Strategy<Value = (Kind, u64, Vec<u8>)> {
-        let kind = (1..=19u8).prop_map(|kind| Kind::from_byte(kind).expect("a kind"));
+        let kind = (1..=20u8).prop_map(|kind| Kind::from_byte(kind).expect("a kind"));
         (kind, any::<u64>(), vec(any::<u8>(), 0..200))
     }
 

@@ -27,7 +27,8 @@
 //!        │                    │
 //!        │        supervisor/{slot, restart, worker}     slots of workers: start, watch, drain, replace
 //!        │                    │
-//!        │        process/{wire, page, port, child, jail, filter, pidfd, keeper}    one child process: frames, walls, its end
+//!        │        process/{wire, page, port, names, child, jail, filter, pidfd, keeper}    one child process: its frames,
+//!        │                    │                                                           its walls, its end
 //!        │                    ┊  (a socket pair)
 //!        │        child/{worker, http/, command, mailbox, compiler, trial, pulse, output}    what such a process does
 //!        │                    │
@@ -55,6 +56,10 @@
 //! the socket, and the child reads the socket when its guest asks for a message, and not before. So a slow guest fills
 //! first the socket and then the buffer, and its parent is told. The same holds the other way.
 //!
+//! A connection's way out: the instance asks the worker's network (`sandbox/host/network`), which decides by the grants and
+//! the address, and connects to that very address. Names are looked up by the primary (`process/names`), which checks them
+//! again. What is refused comes back as an [`event`] that names the missing [`grant`].
+//!
 //! # Invariants
 //!
 //! - Two walls stand between a guest and the host: the engine, and what the system lets the guest's process do. Only
@@ -69,7 +74,7 @@
 //! - Every task that was read is answered once; one that is begun twice says so.
 //! - A request is lost only with the worker that had it. Who takes over a slot accepts before its predecessor stops.
 //! - Workers do not outlive their primary, whatever ends it.
-//! - What decides is pure (`dispatch`, `slot`, `restart`, `wire`, `framing`): the clock is handed in, and what to do
+//! - What decides is pure (`dispatch`, `slot`, `restart`, `wire`, `framing`, `grant`): the clock is handed in, and what to do
 //!   comes out.
 //! - Modes tell what happens as [`event`]s and do not print; `report` in the command is the only code that does.
 //! - `unsafe` is in `sandbox/code.rs` (mapping machine code), `process/page.rs` (shared counters), `process/child.rs` (the

@@ -59,6 +59,7 @@ fn run(args: RunArgs, printer: Printer) -> Result<u8, Error> {
         .precompiled(args.precompiled)
         .isolation(args.isolation.into())
         .compile_limits(args.compile.limits())
+        .on_denied(move |denied| printer.denied(denied))
         .run_or_exit(move |outcome| {
             let code = outcome.end.exit_code();
             // whoever should read the news may be as stuck as the guest: the end waits for neither for long
@@ -99,7 +100,8 @@ impl OutcomeReport {
 fn spawn(args: SpawnArgs, printer: Printer) -> Result<u8, Error> {
     let guest = args.child.guest.clone();
     let form = if args.json { Form::Json } else { Form::Raw };
-    let outcome = foreground::spawn(&mut args.command()?, form)?;
+    let mut command = args.command()?;
+    let outcome = foreground::spawn(command.on_denied(move |denied| printer.denied(denied)), form)?;
     if form == Form::Raw {
         printer.outcome(&guest, &outcome);
     }
@@ -108,7 +110,8 @@ fn spawn(args: SpawnArgs, printer: Printer) -> Result<u8, Error> {
 
 fn exec(args: ExecArgs, printer: Printer) -> Result<u8, Error> {
     let (guest, as_json) = (args.child.guest.clone(), args.json);
-    let output = foreground::exec(&mut args.command()?)?;
+    let mut command = args.command()?;
+    let output = foreground::exec(command.on_denied(move |denied| printer.denied(denied)))?;
     report::output(&output, as_json);
     if !as_json {
         printer.outcome(&guest, &output.outcome);
@@ -122,7 +125,7 @@ fn fork(args: ForkArgs, printer: Printer) -> Result<u8, Error> {
     let (log, last_lines) = EventLog::start(printer, None).map_err(cannot)?;
     let forked = foreground::fork(&mut args.command()?, io::stdin(), io::stdout(), move |event| {
         // a person wants to know what went wrong, a tool all that happened
-        if printer.format == LogFormat::Json || matches!(event, Event::Error { .. }) {
+        if printer.format == LogFormat::Json || matches!(event, Event::Error { .. } | Event::Denied { .. }) {
             log.tell(&event);
         }
     });

@@ -20,6 +20,7 @@ use wrun::{
     command::Output,
     doctor::{Checkup, Guard, Verdict},
     event::{AccessRecord, Event, Stream, WorkerId},
+    grant::Denied,
     limits::Bytes,
     outcome::{End, Outcome},
 };
@@ -56,6 +57,17 @@ impl Printer {
                 }
                 print_error(&text);
             }
+        }
+    }
+
+    /// What a guest in the foreground was refused.
+    pub(crate) fn denied(self, denied: &Denied) {
+        match self.format {
+            LogFormat::Json => {
+                let Denied { grant, reason } = denied;
+                self.log_line(&json!({"event": "denied", "grant": grant, "reason": reason}));
+            }
+            LogFormat::Text => print_error(&format!("wrun: refused: {}\n", Clean(&denied.to_string()))),
         }
     }
 
@@ -232,6 +244,9 @@ fn event_line(event: &Event) -> String {
             )
         }
         Event::Limit { worker, outcome } => format!("worker {worker}: a task {}", Clean(&outcome.to_string())),
+        Event::Denied { worker, grant, reason } => {
+            format!("worker {worker}: refused: {}; `{}` would allow it", Clean(reason), Clean(grant))
+        }
         Event::Error { worker: Some(worker), message } => format!("worker {worker}: {}", Clean(message)),
         Event::Error { worker: None, message } => Clean(message).to_string(),
         other => format!("{other:?}"),

@@ -13,11 +13,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use guest_artifacts::{CRASH_AT_START, ECHO, HELLO, HELLO_HTTP, HOSTILE, HOSTILE_COMMAND_P1, SLOW, WHOAMI};
+use guest_artifacts::{
+    CRASH_AT_START, ECHO, HELLO, HELLO_HTTP, HOSTILE, HOSTILE_COMMAND, HOSTILE_COMMAND_P1, SLOW, WHOAMI,
+};
 use wrun::{
-    Cache, Cluster, Error, Run,
+    Cache, Cluster, Error, Isolation, Run,
     cluster::{Answer, Builder, Interrupt},
     event::Event,
+    grant::{Denied, Grants},
     limits::Limits,
     message::Message,
     outcome::{End, LimitKind, Stage},
@@ -230,6 +233,7 @@ fn workers_that_lie_are_refused_by_name() {
             (frame(2, 8, 1, b"{}"), "it sent a broken outcome: missing field"),
             (frame(4, 9, 0, b"nope"), "it sent a broken message: not JSON: expected ident"),
             (frame(0, 4, 1, b""), "it sent Task, which only a primary may"),
+            (frame(2, 20, 0, b"{}"), "it sent a broken refusal: missing field"),
             (b"HTTP/1.1 200 OK\r\n\r\n".to_vec(), "a frame of 1347703880 bytes came, at most 1310720 are taken"),
         ] {
             let liar = liar(folder.path(), &bytes);
@@ -413,4 +417,17 @@ fn a_run_that_sleeps_in_this_process_ends_by_its_time_limit() {
     let outcome = run.run().unwrap();
     assert!(matches!(outcome.end, End::Limit { limit: LimitKind::Time, .. }), "{outcome:?}");
     assert!(outcome.usage.wall_ms < 4000, "{outcome:?}");
+}
+
+#[test]
+fn what_a_run_was_refused_is_heard() {
+    for isolation in [Isolation::Thread, Isolation::Jail] {
+        let (told, heard) = std::sync::mpsc::channel();
+        let grants = Grants { tcp: vec!["127.0.0.1:1".parse().unwrap()], ..Grants::default() };
+        let run = Run::new(HOSTILE_COMMAND).args(["connect", "127.0.0.1:2"]).grants(grants).isolation(isolation);
+        let run = run.program(WRUN).cache(cache()).on_denied(move |denied| told.send(denied.clone()).unwrap());
+        assert_eq!(run.run().unwrap().end, End::Exited { code: 1 });
+        let reason = "the guest may not connect to 127.0.0.1:2".to_owned();
+        assert_eq!(heard.iter().collect::<Vec<_>>(), [Denied { grant: "--tcp 127.0.0.1:2".into(), reason }]);
+    }
 }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{enter, exit_with_primary, mailbox::Line, pulse::Pulse};
 use crate::{
-    grant::Grants,
+    grant::{Denied, Grants},
     limits::Limits,
     message::Message,
     outcome::{End, LimitKind, Outcome, Usage},
@@ -24,7 +24,8 @@ use crate::{
         wire::{Incoming, Kind},
     },
     sandbox::{
-        Answer, Code, Cwd, EngineSpec, Identity, Inspection, LoadError, Mapped, Received, Sandbox, Setup, Shape, cpu_ms,
+        Answer, Code, Cwd, EngineSpec, Identity, Inspection, LoadError, Mapped, Network, Received, Roots, Sandbox,
+        Setup, Shape, cpu_ms,
     },
 };
 
@@ -37,6 +38,8 @@ pub(crate) struct CommandConfig {
     pub(crate) inspection: Inspection,
     /// What the guest may touch.
     pub(crate) grants: Grants,
+    /// Who vouches for the servers that it sends requests to.
+    pub(crate) roots: Roots,
     /// What bounds it. The primary watches the clock.
     pub(crate) limits: Limits,
     /// Its arguments, its own name first.
@@ -56,7 +59,8 @@ pub(crate) struct CommandConfig {
 /// How often the thread beside the guest looks whether the primary is there.
 const BEAT: Duration = Duration::from_millis(500);
 
-/// The child. Its code comes on the first descriptor, its standard streams on those after it.
+/// The child. Its code comes on the first descriptor, its standard streams on those after it, and last, when a name is
+/// granted, the line to who looks names up.
 pub(super) fn main(start: Start) -> i32 {
     let Start { socket, hello, fds, incoming } = start;
     let Ok(out) = socket.try_clone().map(Out::new) else { return 125 };
@@ -89,6 +93,7 @@ fn run(
     else {
         return Err(broken("the command got no code or no standard streams".into()));
     };
+    let names = fds.next().map(UnixStream::from);
     rustix::stdio::dup2_stdin(stdin)
         .and_then(|()| rustix::stdio::dup2_stdout(stdout))
         .and_then(|()| rustix::stdio::dup2_stderr(stderr))
@@ -96,11 +101,17 @@ fn run(
     let page = Arc::new(Page::map(page).map_err(|error| broken(error.to_string()))?);
 
     let code = Code::checked(code.into(), config.inspection);
-    let (mapped, runtime) = enter(&config.jail, out, || {
+    let tell = |denied: Denied| {
+        out.push(Kind::Denied, 0, &serde_json::to_vec(&denied).expect("plain data has a JSON form"));
+        // what does not go now goes later
+        let _ = out.flush();
+    };
+    let (mapped, runtime, network) = enter(&config.jail, out, || {
         let engine = config.engine.engine().map_err(|error| broken(format!("{error:#}")))?;
         // the runtime makes sockets for itself
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        Ok((Mapped::of(engine, &code)?, runtime.map_err(|error| broken(error.to_string()))?))
+        let network = Network::prepare(&config.grants, names, &config.roots, tell);
+        Ok((Mapped::of(engine, &code)?, runtime.map_err(|error| broken(error.to_string()))?, network))
     })?;
     // what is missing is told of before the guest prints
     out.finish();
@@ -109,6 +120,9 @@ fn run(
     let setup = Setup {
         data: config.data,
         cwd: config.cwd,
+        network: Arc::new(network),
+        // what its connections wait for is waited for there, too
+        shares_thread: !config.jail.ports.is_empty(),
         ..Setup::alone(config.grants, config.limits, config.args, config.identity)
     };
     let outcome = if config.mailbox {

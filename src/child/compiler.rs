@@ -155,6 +155,7 @@ impl Compiler {
         Jail {
             required: self.isolation == Isolation::Jail,
             dirs: vec![],
+            ports: vec![],
             purpose: Purpose::Compiler,
             namespaces: self.isolation == Isolation::Jail,
             bounds: Bounds { cpu: Some(time), files: DESCRIPTORS, file_size: memory, data: memory },

@@ -6,6 +6,7 @@ use std::{
     io::{self, Write},
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::{
+        fd::OwnedFd,
         linux::net::SocketAddrExt,
         unix::net::{SocketAddr as UnixAddr, UnixStream},
     },
@@ -15,7 +16,10 @@ use std::{
 };
 
 use libc::c_long;
-use rustix::io::Errno;
+use rustix::{
+    io::Errno,
+    net::{AddressFamily, Protocol, SendFlags, SocketFlags, SocketType},
+};
 use serde::{Deserialize, Serialize};
 
 use super::enter;
@@ -44,6 +48,13 @@ pub(crate) enum Trial {
     Bind,
     Abstract,
     Udp,
+    /// These with a port to connect to.
+    ConnectGranted,
+    ConnectElsewhere,
+    BindBeside,
+    UdpBeside,
+    FastOpen,
+    OtherStream,
     SignalParent,
     Ptrace,
     ReadParent,
@@ -74,10 +85,20 @@ pub(crate) struct Scene {
     pub(crate) inside: PathBuf,
     /// Somebody listens there.
     pub(crate) port: SocketAddr,
+    /// And there, where nobody may connect to when the port is granted.
+    pub(crate) elsewhere: SocketAddr,
     /// And at this abstract name.
     pub(crate) name: String,
     /// The process that started it.
     pub(crate) parent: i32,
+}
+
+impl Trial {
+    /// Whether whoever tries it may connect to the scene's port.
+    pub(crate) fn has_port(self) -> bool {
+        use Trial::{BindBeside, ConnectElsewhere, ConnectGranted, FastOpen, OtherStream, UdpBeside};
+        matches!(self, ConnectGranted | ConnectElsewhere | BindBeside | UdpBeside | FastOpen | OtherStream)
+    }
 }
 
 /// What the child is told.
@@ -210,10 +231,18 @@ fn attempt(trial: Trial, scene: &Scene, jail: &Jail) -> io::Result<()> {
         Trial::FollowLink => File::open(inside("link")).map(drop),
         Trial::RenameOut => fs::rename(inside("file"), outside.join("moved")),
         Trial::LinkIn => fs::hard_link(outside.join("file"), inside("linked")),
-        Trial::Connect => TcpStream::connect(scene.port).map(drop),
-        Trial::Bind => TcpListener::bind((scene.port.ip(), 0)).map(drop),
+        Trial::Connect | Trial::ConnectGranted => TcpStream::connect(scene.port).map(drop),
+        Trial::ConnectElsewhere => TcpStream::connect(scene.elsewhere).map(drop),
+        // a connection that is made by what is sent over it
+        Trial::FastOpen => {
+            let socket = stream_of(None)?;
+            let fast_open = SendFlags::from_bits_retain(libc::MSG_FASTOPEN.cast_unsigned());
+            Ok(rustix::net::sendto(&socket, b"hello", fast_open, &scene.elsewhere).map(drop)?)
+        }
+        Trial::OtherStream => stream_of(Some(rustix::net::ipproto::MPTCP)).map(drop),
+        Trial::Bind | Trial::BindBeside => TcpListener::bind((scene.port.ip(), 0)).map(drop),
         Trial::Abstract => UnixStream::connect_addr(&UnixAddr::from_abstract_name(scene.name.as_bytes())?).map(drop),
-        Trial::Udp => UdpSocket::bind((scene.port.ip(), 0)).map(drop),
+        Trial::Udp | Trial::UdpBeside => UdpSocket::bind((scene.port.ip(), 0)).map(drop),
         Trial::FileSize => {
             let mut file = File::create(inside("large"))?;
             let size = usize::try_from(jail.bounds.file_size.0).unwrap_or(usize::MAX);
@@ -244,6 +273,12 @@ fn attempt(trial: Trial, scene: &Scene, jail: &Jail) -> io::Result<()> {
         Trial::Live => Ok(()),
         _ => call(trial, scene.parent, jail),
     }
+}
+
+/// A socket for a stream over IPv4, by this protocol.
+fn stream_of(protocol: Option<Protocol>) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC;
+    Ok(rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, protocol)?)
 }
 
 /// Makes the system call that is tried. One that fails for what it was given was let through.

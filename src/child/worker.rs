@@ -27,7 +27,7 @@ use super::{
     pulse::Pulse,
 };
 use crate::{
-    grant::Grants,
+    grant::{Denied, Grants},
     limits::{Bytes, Limits},
     message::Message,
     outcome::{End, LimitKind, Outcome, Usage},
@@ -37,8 +37,8 @@ use crate::{
         wire::{Incoming, Kind},
     },
     sandbox::{
-        Answer, Code, EngineSpec, Form, Full, Identity, Inspection, Instance, LoadError, Mailbox, Mapped, Received,
-        Sandbox, Setup, Shape, Stdio, cpu_ms,
+        Answer, Code, EngineSpec, Form, Full, Identity, Inspection, Instance, LoadError, Mailbox, Mapped, Network,
+        Received, Roots, SOCKETS_MAX, Sandbox, Setup, Shape, Stdio, cpu_ms,
     },
 };
 
@@ -51,6 +51,8 @@ pub(crate) struct WorkerConfig {
     pub(crate) inspection: Inspection,
     /// What the guest may touch.
     pub(crate) grants: Grants,
+    /// Who vouches for the servers that it sends requests to.
+    pub(crate) roots: Roots,
     /// What bounds it.
     pub(crate) limits: Limits,
     /// Who it is.
@@ -78,10 +80,16 @@ const MESSAGE_COPIES: u64 = 8;
 /// What a connection takes beside the head of its request.
 const CONNECTION_DATA: Bytes = Bytes::kib(64);
 
+/// What an outgoing connection takes: buffers of both sides, and TLS.
+const OUTGOING_DATA: Bytes = Bytes::kib(192);
+
+/// What is read before there is a guest that sends requests: the certificates of those who vouch for servers.
+const ROOTS_DATA: Bytes = Bytes::mib(16);
+
 /// Threads on which guests that share theirs wait for files.
 const BLOCKING_THREADS: usize = 16;
 
-/// Descriptors that a worker needs for itself: about 14 ...
+/// Descriptors that a worker needs for itself: about 15 ...
 const DESCRIPTORS_KEPT: u64 = 24;
 
 /// ... and some more on a port, for connections that come and go.
@@ -104,10 +112,17 @@ pub(crate) fn jail_of(
         // what it reads or writes at once, which may be as large as its memory
         Form::Module => limits.memory.0,
     };
-    let data = [code_size, copies.saturating_mul(concurrency), per_connection.saturating_mul(connections)]
-        .into_iter()
-        .fold(DATA_BASE.0, u64::saturating_add)
-        .saturating_add(engine.instances_data(limits.memory, inspection));
+    let kinds = u64::from(!grants.http.is_empty()) + u64::from(!grants.tcp.is_empty());
+    let outgoing = concurrency * kinds * SOCKETS_MAX as u64;
+    let data = [
+        code_size,
+        copies.saturating_mul(concurrency),
+        per_connection.saturating_mul(connections),
+        if kinds == 0 { 0 } else { ROOTS_DATA.0 + OUTGOING_DATA.0.saturating_mul(outgoing) },
+    ]
+    .into_iter()
+    .fold(DATA_BASE.0, u64::saturating_add)
+    .saturating_add(engine.instances_data(limits.memory, inspection));
     let own_files = if listen.is_some() { DESCRIPTORS_OF_A_PORT } else { DESCRIPTORS_KEPT };
     // one for each folder; without one nothing is opened
     let guests_files = match grants.dirs.len() as u64 {
@@ -117,13 +132,14 @@ pub(crate) fn jail_of(
     Jail {
         required: isolation == Isolation::Jail,
         dirs: grants.dirs.clone(),
+        ports: grants.ports(),
         purpose: if listen.is_some() { Purpose::Port } else { Purpose::Guest },
         // in a granted folder root's files would be nobody's
         namespaces: isolation == Isolation::Jail && grants.dirs.is_empty(),
         bounds: Bounds {
             // it works as long as there is work; each task has a clock
             cpu: None,
-            files: own_files + connections + guests_files,
+            files: own_files + connections + guests_files + outgoing,
             file_size: limits.file_size,
             data: Bytes(data),
         },
@@ -240,14 +256,20 @@ impl Worker {
             }
         };
         let shape = config.inspection.shape.filter(|_| matches!(work, Work::Port(_))).unwrap_or(Shape::Handler);
+        let names = fds.next().map(StdStream::from);
         let code = Code::checked(code.into(), config.inspection);
-        let (mapped, runtime) = enter(&config.jail, &out, || {
+        let told = out.clone();
+        let tell = move |denied: Denied| {
+            told.push(Kind::Denied, 0, &serde_json::to_vec(&denied).expect("plain data has a JSON form"));
+        };
+        let (mapped, runtime, network) = enter(&config.jail, &out, || {
             let engine = config.engine.engine().map_err(|error| broken(format!("{error:#}")))?;
             // the runtime makes sockets for itself
             let mut runtime = tokio::runtime::Builder::new_current_thread();
             let runtime = runtime.enable_all().max_blocking_threads(BLOCKING_THREADS);
             let runtime = runtime.build_local(LocalOptions::default());
-            Ok((Mapped::of(engine, &code)?, runtime.map_err(|error| broken(error.to_string()))?))
+            let network = Network::prepare(&config.grants, names, &config.roots, tell);
+            Ok((Mapped::of(engine, &code)?, runtime.map_err(|error| broken(error.to_string()))?, network))
         })?;
         let sandbox = mapped.link(&code.inspection, shape)?;
         drop(code);
@@ -267,6 +289,7 @@ impl Worker {
             cwd: None,
             shares_thread: config.concurrency > 1 || matches!(work, Work::Port(_)),
             head_max,
+            network: Arc::new(network),
             limits: config.limits,
         });
         let worker = Self {

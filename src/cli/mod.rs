@@ -11,7 +11,7 @@ use clap::{
 };
 use wrun::{
     Cache, Isolation,
-    grant::{DirGrant, Grants, parse_env},
+    grant::{DirGrant, Grants, HttpGrant, TcpGrant, parse_env},
     limits::{Bytes, CompileLimits, Limits, parse_duration},
 };
 
@@ -161,6 +161,12 @@ pub(crate) struct GrantArgs {
     /// Pass on all variables that wrun itself was started with; --env beats them
     #[arg(long)]
     inherit_env: bool,
+    /// A host the guest may send HTTP requests to; without a port 80 for http and 443 for https
+    #[arg(long = "http", value_name = "HOST[:PORT]")]
+    http: Vec<HttpGrant>,
+    /// An address the guest may open TCP connections to
+    #[arg(long = "tcp", value_name = "HOST:PORT")]
+    tcp: Vec<TcpGrant>,
 }
 
 #[derive(Debug, Args)]
@@ -261,7 +267,7 @@ impl GrantArgs {
             let others = all.filter(|(name, _)| !env.iter().any(|(given, _)| given == name));
             env = others.chain(env.clone()).collect();
         }
-        Grants { dirs: self.dirs, env }
+        Grants { dirs: self.dirs, env, http: self.http, tcp: self.tcp }
     }
 }
 

@@ -7,6 +7,8 @@ use std::{
     thread::JoinHandle,
 };
 
+use serde::Serialize;
+
 /// Bytes that may wait to be written before there is no more room.
 const WAITING_MAX: usize = 4 << 20;
 
@@ -80,6 +82,13 @@ impl Writer {
         }
         drop(state);
         self.news.notify_one();
+    }
+
+    /// Adds a value as a line of JSON.
+    pub(crate) fn line(&self, value: &impl Serialize) {
+        let mut line = serde_json::to_vec(value).expect("plain data has a JSON form");
+        line.push(b'\n');
+        self.write(&mut line);
     }
 
     pub(crate) fn poll_has_room(&self, cx: &mut Context<'_>) -> Poll<()> {

@@ -99,6 +99,11 @@ const TRIALS: &[(Trial, &str, &[Guard])] = &[
     (Trial::Exec, "run a program", &[Landlock, Seccomp]),
     (Trial::Connect, "connect to a port", &[Landlock, Seccomp]),
     (Trial::Bind, "listen on a port", &[Landlock, Seccomp]),
+    (Trial::ConnectElsewhere, "connect to a port that is not granted", &[Landlock]),
+    (Trial::BindBeside, "listen when a port is granted", &[Landlock, Seccomp]),
+    (Trial::UdpBeside, "open a UDP socket when a port is granted", &[Seccomp]),
+    (Trial::FastOpen, "connect to another port by sending to it", &[Seccomp]),
+    (Trial::OtherStream, "open a stream by a protocol beside TCP", &[Seccomp]),
     (Trial::Abstract, "connect to an abstract socket", &[Landlock, Seccomp]),
     (Trial::Udp, "open a UDP socket", &[Seccomp]),
     (Trial::SignalParent, "send its parent a signal", &[Landlock, Seccomp]),
@@ -158,6 +163,7 @@ impl Checkup {
             }
             Ok::<_, Error>(missing)
         })?;
+        checks.push(runtime.block_on(connects(&program, &stage))?);
         checks.extend(runtime.block_on(look_at_one(&program, &stage))?);
         checks.push(outlived(&program, &stage)?);
         let held = checks.iter().all(|check| check.verdict != Verdict::Failed);
@@ -195,6 +201,9 @@ async fn check(
     }
     stage.tidy();
     let mut jail = stage.jail(&walls(wall));
+    if trial.has_port() {
+        jail.ports = vec![stage.scene.port.port()];
+    }
     if guard == Seccomp {
         // without a folder nothing is opened at all
         jail.dirs.clear();
@@ -215,6 +224,17 @@ async fn check(
         (Tried::NotEntered(reason), _) => of(Verdict::Failed, reason),
         (Tried::Refused(error) | Tried::Killed(error), _) => of(Verdict::Held, error),
     }
+}
+
+/// Sees that with all walls up a port can be connected to that is granted.
+async fn connects(program: &Program, stage: &Stage) -> Result<Check, Error> {
+    let mut jail = stage.jail(&[]);
+    jail.ports = vec![stage.scene.port.port()];
+    let (verdict, found) = match attempt_aside(program, Trial::ConnectGranted, &stage.scene, jail).await?.0 {
+        Tried::Done => (Verdict::Held, "it worked".to_owned()),
+        Tried::Refused(error) | Tried::Killed(error) | Tried::NotEntered(error) => (Verdict::Failed, error),
+    };
+    Ok(Check { what: "lets through to a port that is granted", guard: Landlock, verdict, found })
 }
 
 /// Looks at a process in the jail from outside.
@@ -311,12 +331,12 @@ fn outlived(program: &Program, stage: &Stage) -> Result<Check, Error> {
     Ok(Check { what: "live on without its parent", guard: Start, verdict, found })
 }
 
-/// What children try to reach: a folder that is granted and one that is not, a port, an abstract socket. It is gone when
+/// What children try to reach: a folder that is granted and one that is not, two ports, an abstract socket. It is gone when
 /// it is dropped.
 struct Stage {
     root: PathBuf,
     scene: Scene,
-    _port: TcpListener,
+    _ports: [TcpListener; 2],
     _socket: UnixListener,
 }
 
@@ -328,14 +348,16 @@ impl Stage {
         let root = std::env::temp_dir().join(&unique);
         fs::DirBuilder::new().mode(0o700).create(&root)?;
         let port = TcpListener::bind(("127.0.0.1", 0))?;
+        let elsewhere = TcpListener::bind(("127.0.0.1", 0))?;
         let socket = UnixListener::bind_addr(&UnixAddr::from_abstract_name(unique.as_bytes())?)?;
         let scene = Scene {
             inside: root.join("inside"),
             port: port.local_addr()?,
+            elsewhere: elsewhere.local_addr()?,
             name: unique,
             parent: rustix::process::getpid().as_raw_pid(),
         };
-        let stage = Self { root, scene, _port: port, _socket: socket };
+        let stage = Self { root, scene, _ports: [port, elsewhere], _socket: socket };
         for folder in ["inside", "outside"] {
             fs::create_dir(stage.root.join(folder))?;
             fs::File::create(stage.root.join(folder).join("file"))?.write_all(b"file\n")?;
@@ -358,6 +380,7 @@ impl Stage {
         Jail {
             required: false,
             dirs: vec![DirGrant { host, guest, read_only: false }],
+            ports: vec![],
             purpose: Purpose::Guest,
             namespaces: false,
             bounds: BOUNDS,

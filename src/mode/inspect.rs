@@ -60,6 +60,12 @@ pub fn inspect(path: &Path) -> Result<Report, Error> {
     if imports("wasi:cli/environment") || imports("::environ_get") {
         flags.push("--env");
     }
+    if imports("wasi:http/outgoing-handler") {
+        flags.push("--http");
+    }
+    if imports("wasi:sockets/tcp") {
+        flags.push("--tcp");
+    }
     if imports("wrun:guest/worker") && inspection.form == Form::Component {
         flags.push("--data");
     }

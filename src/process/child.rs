@@ -73,9 +73,10 @@ pub(super) fn close_from(first: libc::c_uint) -> io::Result<()> {
     Ok(())
 }
 
-/// Leaves the users, the network and the IPC of the system for its own. What is open stays usable.
-pub(super) fn enter_namespaces() -> io::Result<()> {
-    let own = UnshareFlags::NEWUSER | UnshareFlags::NEWNET | UnshareFlags::NEWIPC;
+/// Leaves the users and the IPC of the system for its own, and its network if that is wanted. What is open stays usable.
+pub(super) fn enter_namespaces(network: bool) -> io::Result<()> {
+    let mut own = UnshareFlags::NEWUSER | UnshareFlags::NEWIPC;
+    own.set(UnshareFlags::NEWNET, network);
     // SAFETY: descriptors are not among what is left.
     Ok(unsafe { rustix::thread::unshare_unsafe(own) }?)
 }

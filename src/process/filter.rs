@@ -20,6 +20,8 @@ use super::jail::Purpose;
 pub(super) struct Filter {
     /// What can be done with files, as WASI does it.
     pub(super) files: Files,
+    /// Whether it makes TCP connections. To where, Landlock and the engine decide.
+    pub(super) connects: bool,
     /// What the child is for.
     pub(super) purpose: Purpose,
 }
@@ -126,6 +128,23 @@ const WRITES: &[c_long] = &[
 
 /// For a worker with a port.
 const ACCEPTS: &[c_long] = &[libc::SYS_accept4, libc::SYS_getpeername, libc::SYS_getsockname];
+
+/// For a guest with a grant of the network.
+const CONNECTS: &[c_long] = &[libc::SYS_connect, libc::SYS_getpeername, libc::SYS_getsockname];
+
+/// What is set or asked of a socket: by those who make connections, and by guests for theirs.
+const SOCKET_OPTIONS: &[(i32, i32)] = &[
+    (libc::IPPROTO_TCP, libc::TCP_NODELAY),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPCNT),
+    (libc::SOL_SOCKET, libc::SO_KEEPALIVE),
+    (libc::SOL_SOCKET, libc::SO_RCVBUF),
+    (libc::SOL_SOCKET, libc::SO_SNDBUF),
+    (libc::IPPROTO_IP, libc::IP_TTL),
+    (libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS),
+    (libc::IPPROTO_IPV6, libc::IPV6_V6ONLY),
+];
 
 /// What ends the process.
 const FATAL: &[c_long] = &[
@@ -242,15 +261,45 @@ impl Filter {
         list.insert(libc::SYS_ioctl, requests.map(|request| rule(&[equal(1, request)])).into());
         let commands = [libc::F_GETFL, libc::F_SETFL, libc::F_GETFD, libc::F_SETFD, libc::F_DUPFD_CLOEXEC];
         list.insert(libc::SYS_fcntl, commands.map(|command| rule(&[equal(1, command.cast_unsigned().into())])).into());
+        let option = |(level, name): (i32, i32)| {
+            rule(&[equal(1, level.cast_unsigned().into()), equal(2, name.cast_unsigned().into())])
+        };
+        let (mut set, mut asked) = (vec![], vec![]);
         if self.purpose == Purpose::Port {
-            let option = |level: i32, name: i32| {
-                rule(&[equal(1, level.cast_unsigned().into()), equal(2, name.cast_unsigned().into())])
-            };
-            list.insert(libc::SYS_setsockopt, vec![option(libc::IPPROTO_TCP, libc::TCP_NODELAY)]);
-            list.insert(libc::SYS_getsockopt, vec![option(libc::SOL_SOCKET, libc::SO_ERROR)]);
+            set.push(option((libc::IPPROTO_TCP, libc::TCP_NODELAY)));
+            asked.push(option((libc::SOL_SOCKET, libc::SO_ERROR)));
+        }
+        if self.connects {
+            list.extend(CONNECTS.iter().map(|call| (*call, vec![])));
+            list.insert(libc::SYS_socket, tcp_sockets());
+            // it would connect on a way that Landlock does not know
+            let fast_open = libc::MSG_FASTOPEN.cast_unsigned().into();
+            list.insert(libc::SYS_sendto, vec![rule(&[masked(3, fast_open, 0)])]);
+            list.insert(libc::SYS_sendmsg, vec![rule(&[masked(2, fast_open, 0)])]);
+            set = SOCKET_OPTIONS.iter().copied().map(option).collect();
+            asked = SOCKET_OPTIONS.iter().copied().chain([(libc::SOL_SOCKET, libc::SO_ERROR)]).map(option).collect();
+        }
+        if !set.is_empty() {
+            list.insert(libc::SYS_setsockopt, set);
+            list.insert(libc::SYS_getsockopt, asked);
         }
         list
     }
+}
+
+/// Sockets of TCP, and of no other protocol that has streams: Landlock does not know those.
+fn tcp_sockets() -> Vec<SeccompRule> {
+    let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    let kind = u64::from((!flags).cast_unsigned());
+    let stream = u64::from(libc::SOCK_STREAM.cast_unsigned());
+    let of = |family: i32, protocol: i32| {
+        let (family, protocol) = (family.cast_unsigned().into(), protocol.cast_unsigned().into());
+        rule(&[equal(0, family), masked(1, kind, stream), equal(2, protocol)])
+    };
+    [libc::AF_INET, libc::AF_INET6]
+        .into_iter()
+        .flat_map(|family| [of(family, 0), of(family, libc::IPPROTO_TCP)])
+        .collect()
 }
 
 /// The part of a program that answers these calls and goes on with all others.

@@ -2,14 +2,14 @@
 //!
 //! The engine is the first wall. Should a guest get through that, it is native code in a process that can reach nothing
 //! and spend little: it has no descriptor that it was not given, sees no file outside of the folders granted to its
-//! guest, and makes no system call that a worker does not need. Everything here holds for a process and what it starts,
+//! guest, connects to no port but those, and makes no system call that a worker does not need. Everything here holds for a process and what it starts,
 //! and nothing of it can be taken back.
 
 use std::{io, time::Duration};
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, LandlockStatus, PathBeneath, PathFd, Ruleset, RulesetAttr,
-    RulesetCreatedAttr, RulesetStatus, Scope,
+    ABI, Access, AccessFs, AccessNet, BitFlags, LandlockStatus, NetPort, PathBeneath, PathFd, Ruleset, RulesetAttr,
+    RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
 use rustix::{
     process::{Resource, Rlimit, Signal, setrlimit},
@@ -39,10 +39,12 @@ pub(crate) struct Jail {
     pub(crate) required: bool,
     /// The folders that it may use.
     pub(crate) dirs: Vec<DirGrant>,
+    /// The TCP ports that it may connect to, on whatever host. With none it has no sockets.
+    pub(crate) ports: Vec<u16>,
     /// What it is for.
     pub(crate) purpose: Purpose,
-    /// Whether it leaves the users, the network and the IPC of the system, where that is allowed. No other wall needs it,
-    /// and the kernel takes its time for it.
+    /// Whether it leaves the users and the IPC of the system, and without ports its network, where that is allowed. No
+    /// other wall needs it, and the kernel takes its time for it.
     pub(crate) namespaces: bool,
     /// What it may spend.
     pub(crate) bounds: Bounds,
@@ -140,7 +142,7 @@ impl Jail {
         let prepared = prepare();
 
         // There, nobody has the user's other processes, and so threads can be counted.
-        if self.namespaces && super::child::enter_namespaces().is_ok() {
+        if self.namespaces && super::child::enter_namespaces(self.ports.is_empty()).is_ok() {
             bound_threads();
         }
         // Root is a name only. Before the filter, which would refuse it.
@@ -199,7 +201,8 @@ impl Jail {
         rustix::thread::set_capabilities(None, sets)
     }
 
-    /// Lets Landlock deny all files but the granted folders, all ports, and signals and abstract sockets of others.
+    /// Lets Landlock deny all files but the granted folders, all ports but those to connect to, and signals and abstract
+    /// sockets of others.
     fn restrict_files(&self) -> Result<(), String> {
         let known = LANDLOCK_KNOWN;
         let restricted = Ruleset::default()
@@ -213,6 +216,10 @@ impl Jail {
                     Some(Ok(PathBeneath::new(PathFd::new(&dir.host).ok()?, access_to(dir))))
                 });
                 rules.add_rules(granted)
+            })
+            .and_then(|rules| {
+                let ports = self.ports.iter().map(|port| NetPort::new(*port, AccessNet::ConnectTcp));
+                rules.add_rules(ports.map(Ok::<_, RulesetError>))
             })
             .and_then(landlock::RulesetCreated::restrict_self);
         let status = restricted.map_err(|error| format!("Landlock refused its rules: {error}"))?;
@@ -235,6 +242,7 @@ impl Jail {
                 Some(true) => Files::Read,
                 Some(false) => Files::Change,
             },
+            connects: !self.ports.is_empty(),
             purpose: self.purpose,
         }
     }

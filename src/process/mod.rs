@@ -11,6 +11,7 @@ pub(crate) mod child;
 mod filter;
 mod jail;
 mod keeper;
+pub(crate) mod names;
 mod page;
 mod pidfd;
 pub(crate) mod port;

@@ -58,6 +58,8 @@ pub(crate) enum Kind {
     Warning = 18,
     /// To the primary: not all walls are up, but the child may go on; the body says which are missing.
     Walls = 19,
+    /// To the primary: the guest was refused something of the network; the body says what, and which grant it lacks.
+    Denied = 20,
 }
 
 impl Kind {
@@ -82,6 +84,7 @@ impl Kind {
             17 => Self::Access,
             18 => Self::Warning,
             19 => Self::Walls,
+            20 => Self::Denied,
             _ => return None,
         })
     }
@@ -254,12 +257,12 @@ mod tests {
 
     #[test]
     fn an_unknown_kind_is_refused() {
-        for kind in [0, 20, 255] {
+        for kind in [0, 21, 255] {
             let mut incoming = Incoming::new(100);
             incoming.space().extend_from_slice(&[0, 0, 0, 0, kind, 0, 0, 0, 0, 0, 0, 0, 0]);
             assert_eq!(incoming.next(), Err(WireError::UnknownKind { kind }));
         }
-        for kind in 1..=19 {
+        for kind in 1..=20 {
             assert_eq!(Kind::from_byte(kind).map(|kind| kind as u8), Some(kind));
         }
     }

@@ -13,7 +13,9 @@ use wasmtime::{
     AsContextMut, Engine, ExternType, GcHeapOutOfMemory, ResourceLimiter, Store, Trap, UpdateDeadline, WasmBacktrace,
     component::{Linker, ResourceTable, ResourceTableError},
 };
-use wasmtime_wasi::{FsPerms, I32Exit, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView, p1::WasiP1Ctx};
+use wasmtime_wasi::{
+    FsPerms, I32Exit, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView, p1::WasiP1Ctx, sockets::SocketAddrUse,
+};
 use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView, p2::bindings::Proxy};
 
 use crate::{
@@ -26,8 +28,9 @@ use crate::{
         engine::{CORE_INSTANCES_MAX, MEMORIES_MAX, TABLE_ELEMENTS_MAX, TABLES_MAX},
         guest,
         host::{
-            BodyError, NoOutbound, Respond, Scheme,
+            BodyError, Network, Outbound, Respond, Scheme, Sockets,
             bindings::{HandlerGuest, wrun::guest as wit},
+            link_outbound, link_sockets,
         },
         stdio::{Output, ReaderGone},
     },
@@ -56,6 +59,8 @@ pub(crate) struct Setup {
     pub(crate) shares_thread: bool,
     /// The longest head of a request that its port lets through; 0 without a port.
     pub(crate) head_max: limits::Bytes,
+    /// What it reaches of the network.
+    pub(crate) network: Arc<Network>,
 }
 
 /// The folder that a guest starts in, which lies in one that was granted.
@@ -83,6 +88,7 @@ impl Setup {
             cwd: None,
             shares_thread: false,
             head_max: limits::Bytes(0),
+            network: Arc::default(),
         }
     }
 }
@@ -103,7 +109,8 @@ struct ComponentCtx {
     wasi: WasiCtx,
     table: ResourceTable,
     http: WasiHttpCtx,
-    outbound: NoOutbound,
+    outbound: Outbound,
+    sockets: Sockets,
 }
 
 /// A started guest.
@@ -206,8 +213,10 @@ impl WasiHttpView for State {
 /// Links what components may import; `wasi:http` only for those that ask for it.
 pub(super) fn link_component(linker: &mut Linker<State>, imports: &[String]) -> wasmtime::Result<()> {
     wasmtime_wasi::p2::add_to_linker_async(linker)?;
+    link_sockets(linker)?;
     if imports.iter().any(|import| import.starts_with("wasi:http/")) {
         wasmtime_wasi_http::p2::add_only_http_to_linker_async(linker)?;
+        link_outbound(linker)?;
     }
     wit::worker::add_to_linker::<_, wasmtime::component::HasSelf<State>>(linker, |state| state)?;
     wit::mailbox::add_to_linker::<_, wasmtime::component::HasSelf<State>>(linker, |state| state)
@@ -239,6 +248,17 @@ impl State {
         wasi.args(&setup.args).envs(&setup.grants.env).max_random_size(RANDOM_MAX);
         // where one guest runs at a time, a thread to read a file on would only cost
         wasi.allow_blocking_current_thread(!setup.shares_thread);
+        wasi.allow_tcp(may_create_sockets(setup));
+        let network = setup.network.clone();
+        wasi.socket_addr_check(move |address, purpose| {
+            let allowed = match purpose {
+                // a connection has an address of ours, too, which the system chooses
+                SocketAddrUse::TcpBind => address.ip().is_unspecified() && address.port() == 0,
+                SocketAddrUse::TcpConnect => network.check_tcp(address),
+                _ => false,
+            };
+            Box::pin(std::future::ready(allowed))
+        });
         for dir in &setup.grants.dirs {
             let perms = if dir.read_only { FsPerms::ReadOnly } else { FsPerms::ReadWrite };
             wasi.preopened_dir(&dir.host, &dir.guest, perms)
@@ -268,7 +288,8 @@ impl State {
                 let (wasi, mut http) = (wasi.build(), WasiHttpCtx::new());
                 // a guest may send back all the headers that it got
                 http.set_field_size_limit(setup.head_max.as_usize().saturating_add(FIELDS_BYTES));
-                Wasi::Component(Box::new(ComponentCtx { wasi, table, http, outbound: NoOutbound }))
+                let outbound = Outbound::new(setup.network.clone());
+                Wasi::Component(Box::new(ComponentCtx { wasi, table, http, outbound, sockets: Sockets::default() }))
             }
             Form::Module => {
                 let mut wasi = wasi.build_p1();
@@ -279,6 +300,30 @@ impl State {
         let limiter = Limiter { memory: setup.limits.memory.as_usize(), memory_now: 0, memory_peak: 0 };
         Ok(Self { wasi, setup: setup.clone(), limiter })
     }
+
+    /// What it reaches of the network.
+    pub(super) fn network(&self) -> &Arc<Network> {
+        &self.setup.network
+    }
+
+    /// Whether it may have sockets at all.
+    pub(super) fn may_create_sockets(&self) -> bool {
+        may_create_sockets(&self.setup)
+    }
+
+    /// The sockets that it has, and the table in which they are.
+    pub(super) fn sockets_and_table(&mut self) -> (&mut Sockets, &ResourceTable) {
+        match &mut self.wasi {
+            Wasi::Component(ctx) => (&mut ctx.sockets, &ctx.table),
+            Wasi::Module(_) => unreachable!("core modules are linked to preview 1 only"),
+        }
+    }
+}
+
+/// A socket alone leads nowhere. Where no jail forbids it, a guest without a grant has it, so that the address which it
+/// then asks for can be told.
+fn may_create_sockets(setup: &Setup) -> bool {
+    !setup.grants.tcp.is_empty() || !setup.identity.process
 }
 
 impl Instance {

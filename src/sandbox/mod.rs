@@ -28,7 +28,10 @@ pub(crate) use self::{
     code::{Code, Packed, compile},
     engine::{EngineSpec, Pool},
     guest::{binary, name_of, open_file},
-    host::{BodyError, Full, GuestBody, Identity, Mailbox, Received, Respond, Scheme, Unfinished},
+    host::{
+        BodyError, Full, GuestBody, Identity, Mailbox, Network, Received, Respond, Roots, SOCKETS_MAX, Scheme,
+        Unfinished,
+    },
     inspect::{import_hint, offered},
     instance::{Answer, Cwd, Instance, Setup, cpu_ms},
     precheck::precheck,

@@ -8,6 +8,7 @@ use std::{
 use super::slot::Death;
 use crate::{
     event::{Event, Stream, WorkerId},
+    grant::{Denied, REFUSALS_MAX},
     message::Message,
     outcome::{End, Outcome, Stage, Usage},
     process::{
@@ -32,6 +33,8 @@ pub(super) struct Worker {
     pub(super) missing_walls: Option<String>,
     /// Whether it wants a successor, for this reason.
     pub(super) wants_successor: Option<String>,
+    /// How many refusals of its guest it has told.
+    refusals: usize,
     /// How many tasks its mode has counted.
     pub(super) tasks: u64,
     /// When it is killed if it is still there.
@@ -55,6 +58,7 @@ impl Worker {
             ready: false,
             missing_walls: None,
             wants_successor: None,
+            refusals: 0,
             tasks: 0,
             kill_at: None,
             beats: 0,
@@ -84,7 +88,7 @@ impl Worker {
         events: &mut dyn FnMut(Event),
         take: &mut Take<'_>,
     ) -> Poll<Seen> {
-        let Self { process, ready, missing_walls, wants_successor, ending, forked, .. } = self;
+        let Self { process, ready, missing_walls, wants_successor, refusals, ending, forked, .. } = self;
         let mut broken = None;
         let seen = process.poll(cx, |frame| match frame.kind {
             Kind::Ready => *ready = true,
@@ -111,6 +115,15 @@ impl Worker {
                 let message = String::from_utf8_lossy(frame.body).into_owned();
                 events(Event::Error { worker: Some(worker), message });
             }
+            Kind::Denied => match serde_json::from_slice::<Denied>(frame.body) {
+                // one that keeps to the rules says no more
+                Ok(_) if *refusals >= REFUSALS_MAX => {}
+                Ok(Denied { grant, reason }) => {
+                    *refusals += 1;
+                    events(Event::Denied { worker, grant, reason });
+                }
+                Err(error) => broken = Some(format!("it sent a broken refusal: {error}")),
+            },
             Kind::Hello | Kind::Task | Kind::Drain | Kind::Open => {
                 broken = Some(format!("it sent {:?}, which only a primary may", frame.kind));
             }

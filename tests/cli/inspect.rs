@@ -1,6 +1,8 @@
 //! `wrun inspect`: what a guest is, what it asks for, which modes can run it.
 
-use guest_artifacts::{ARGS, CAT, CAT_P1, ECHO, FOREIGN_HTTP, HELLO, HELLO_HTTP, HELLO_P1, WHOAMI};
+use guest_artifacts::{
+    ARGS, CAT, CAT_P1, ECHO, FETCH, FOREIGN_HTTP, GATEWAY, HELLO, HELLO_HTTP, HELLO_P1, NET, NET_P1, WHOAMI,
+};
 use serde_json::{Value, json};
 
 use crate::{
@@ -74,6 +76,10 @@ fn an_http_guest() {
 fn flags_follow_the_imports() {
     assert_eq!(inspect(HELLO)["flags"], json!(["--env"]));
     assert_eq!(inspect(ARGS)["flags"], json!(["--env"]));
+    assert_eq!(inspect(NET)["flags"], json!(["--env", "--tcp"]));
+    assert_eq!(inspect(NET_P1)["flags"], json!(["--env"]));
+    assert_eq!(inspect(FETCH)["flags"], json!(["--env", "--http"]));
+    assert!(has(&inspect(GATEWAY)["flags"], "--http"));
     let found = inspect(WHOAMI);
     assert!(has(&found["imports"], "wrun:guest/worker@0.1.0"), "{found}");
     assert!(has(&found["flags"], "--data"), "{found}");

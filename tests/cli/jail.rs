@@ -144,10 +144,16 @@ fn the_doctor_proves_every_wall() {
         "run a program",
         "connect to a port",
         "listen on a port",
+        "listen when a port is granted",
     ] {
         held("landlock", what);
         held("seccomp", what);
     }
+    // seccomp cannot see the port, and Landlock knows no other way to connect
+    held("landlock", "connect to a port that is not granted");
+    held("landlock", "lets through to a port that is granted");
+    held("seccomp", "open a UDP socket when a port is granted");
+    held("seccomp", "connect to another port by sending to it");
     // of these Landlock knows since Linux 6.12
     for what in [
         "connect to an abstract socket",

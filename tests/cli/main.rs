@@ -26,6 +26,7 @@ mod inspect;
 mod jail;
 mod limits;
 mod load;
+mod network;
 mod readme;
 mod run;
 mod spawn;

@@ -10,11 +10,12 @@ use serde_json::{Value, json};
 
 use crate::{
     run::HI_WAT,
+    supervision::children,
     wrun::{Folder, Running, wrun},
 };
 
-/// The events of a run with `--json`, without what differs from run to run.
-fn events(text: &str) -> Vec<Value> {
+/// The events of a run with `--json`.
+pub(crate) fn events(text: &str) -> Vec<Value> {
     let parse = |line: &str| serde_json::from_str::<Value>(line).unwrap_or_else(|error| panic!("{line}: {error}"));
     text.lines().map(parse).collect()
 }
@@ -28,17 +29,9 @@ fn stream(events: &[Value], name: &str) -> (String, usize) {
 
 /// The process of the guest of a running `spawn` or `exec`: its only child.
 fn guest(running: &mut Running) -> Pid {
-    let path = format!("/proc/{0}/task", running.pid().as_raw_nonzero());
-    running.until_holds("a child", || children(&path).len() == 1);
-    Pid::from_raw(children(&path)[0]).unwrap()
-}
-
-/// The children of all threads.
-fn children(tasks: &str) -> Vec<i32> {
-    let Ok(tasks) = fs::read_dir(tasks) else { return vec![] };
-    let lists = tasks.flatten().filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
-    let lists: Vec<_> = lists.collect();
-    lists.iter().flat_map(|list| list.split_whitespace()).map(|pid| pid.parse().unwrap()).collect()
+    let parent = running.pid();
+    running.until_holds("a child", || children(parent).len() == 1);
+    children(parent)[0]
 }
 
 #[test]

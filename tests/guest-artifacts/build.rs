@@ -9,10 +9,13 @@ use std::{env, fs, io};
 const HANDLERS: [&str; 7] = ["courier", "crash-at-start", "data-processor", "echo", "fib", "hostile", "whoami"];
 
 /// The commands, which are binaries of `guests/commands`.
-const COMMANDS: [&str; 4] = ["args", "cat", "hello", "hostile-command"];
+const COMMANDS: [&str; 5] = ["args", "cat", "hello", "hostile-command", "net"];
 
 /// The HTTP guests, which are examples of `guests/http`.
-const HTTP: [&str; 6] = ["crash", "hello-http", "slow", "spin", "stream", "upload"];
+const HTTP: [&str; 7] = ["crash", "gateway", "hello-http", "slow", "spin", "stream", "upload"];
+
+/// The commands that need more of WASI 0.2 than a module can have, which are examples of `guests/http` with a `main`.
+const HTTP_COMMANDS: [&str; 1] = ["fetch"];
 
 /// The HTTP guest that others wrote: an example that this crate was published with, found in the lock file of `guests/`.
 const FOREIGN_HTTP: (&str, &str) = ("wstd", "http_server");
@@ -70,6 +73,9 @@ fn main() {
         // a cdylib is a library, whose name is an identifier; that of the command is one word
         let file = format!("examples/{}.wasm", name.replace('-', "_"));
         publish(variable(name), components.join(file), guests.join(format!("{name}.wasm")));
+    }
+    for name in HTTP_COMMANDS {
+        publish(variable(name), components.join(format!("examples/{name}.wasm")), guests.join(format!("{name}.wasm")));
     }
     let file = format!("examples/{example}.wasm");
     publish(variable("foreign-http"), components.join(file), guests.join("foreign-http.wasm"));

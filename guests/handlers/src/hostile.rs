@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::hint::black_box;
-use std::io::{self, Write};
+use std::io::{self, BufRead, BufReader, Write};
+use std::net::TcpStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use std::{env, fs, process, thread};
@@ -83,6 +84,8 @@ enum Act {
     Read { path: String },
     /// Writes a file.
     Write { path: String, text: String },
+    /// Connects to a port and replies the first line that comes.
+    Connect { address: String },
     /// Replies the environment.
     Env,
     /// Replies how many messages this instance has got.
@@ -148,6 +151,10 @@ fn perform(act: Act) -> Result<Option<String>, String> {
             Err(error) => failure(&error),
         },
         Act::Write { path, text } => written(fs::write(path, text)),
+        Act::Connect { address } => match connect(&address) {
+            Ok(line) => json!({ "line": line.trim_end() }),
+            Err(error) => failure(&error),
+        },
         Act::Env => json!(env::vars().collect::<BTreeMap<_, _>>()),
         Act::Count => json!({ "count": COUNT.load(Ordering::Relaxed) }),
         Act::Ok => json!({ "ok": true }),
@@ -196,6 +203,14 @@ fn flood(lines: usize, bytes: usize, newline: bool) -> io::Result<()> {
 fn print(mut stream: impl Write, text: &str) -> io::Result<()> {
     stream.write_all(text.as_bytes())?;
     stream.flush()
+}
+
+fn connect(address: &str) -> io::Result<String> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.write_all(b"hello\n")?;
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line)?;
+    Ok(line)
 }
 
 fn giant(bytes: usize) -> String {

@@ -1,6 +1,8 @@
 //! wrun's HTTP guests. Each file beside this one is a guest of its own: an example of this package, built as a
 //! `cdylib`. What several of them need is here.
 
+pub mod client;
+
 use std::io::{self, Write};
 use std::time::Duration;
 

@@ -25,8 +25,8 @@ use crate::{
     grant::Grants,
     limits::{Bytes, CompileLimits, HttpLimits, Limits},
     message::Message,
-    process::{Isolation, Process, Program, Role, runtime},
-    sandbox::{Cache, EngineSpec, Form, Guest, Identity, LoadError, Pool as EnginePool, Shape},
+    process::{Isolation, Process, Program, Role, names, runtime},
+    sandbox::{Cache, EngineSpec, Form, Guest, Identity, LoadError, Pool as EnginePool, Roots, Shape},
     supervisor::{EventSink, Launch, Policy, Restart, Supervisor, Watch},
 };
 
@@ -525,6 +525,7 @@ impl Builder {
             engine,
             inspection,
             grants: self.grants.clone(),
+            roots: Roots::of_environment(),
             limits: self.limits.clone(),
             identity: Identity { id: 0, count: self.workers, generation: 0, name, process: true },
             data: self.data.clone(),
@@ -541,7 +542,11 @@ impl Builder {
         let program = self.compiler.program.clone();
         Ok(Box::new(move |worker, generation| {
             (config.identity.id, config.identity.generation) = (worker, generation);
-            let start = |fds: &[BorrowedFd<'_>]| Process::start(&program, Role::Worker, &config, fds, body_max);
+            let names = names::answer(&config.grants)?;
+            let start = |fds: &[BorrowedFd<'_>]| {
+                let fds: Vec<_> = fds.iter().copied().chain(names.as_ref().map(AsFd::as_fd)).collect();
+                Process::start(&program, Role::Worker, &config, &fds, body_max)
+            };
             match &port {
                 None => start(&[code.as_fd()]),
                 Some(port) => {

@@ -27,6 +27,7 @@ use super::{
 use crate::{
     Error,
     event::{Data, Event, Stream},
+    grant::Denied,
     lines::{BATCHES, Line, Writer, read_lines},
     outcome::{End, Outcome, Usage},
     process::{Signaller, runtime},
@@ -56,14 +57,20 @@ pub enum Form {
 pub fn spawn(command: &mut Command, form: Form) -> Result<Outcome, Error> {
     in_foreground(async |mut signals| {
         let mut stop = Stop::new(command);
+        let (out, err) = (Target::start(io::stdout())?, Target::start(io::stderr())?);
+        if form == Form::Json {
+            let writer = out.writer.clone();
+            command.on_denied(move |Denied { grant, reason }| {
+                writer.line(&Event::Denied { worker: 1, grant: grant.clone(), reason: reason.clone() });
+            });
+        }
         let mut child = match until_started(&mut signals, command.spawn()).await? {
             ControlFlow::Continue(child) => child,
             ControlFlow::Break(outcome) => return Ok(outcome),
         };
-        let (out, err) = (Target::start(io::stdout())?, Target::start(io::stderr())?);
         let tell = |event: &Event| {
             if form == Form::Json {
-                out.line(event);
+                out.writer.line(event);
             }
         };
         let (pid, signaller) = (child.id(), child.worker.process.signaller());
@@ -184,6 +191,8 @@ pub fn fork(
     let max = command.settings.limits.message_max.as_usize();
     in_foreground(async |mut signals| {
         let mut stop = Stop::new(command);
+        // of a fork that is an event
+        command.on_denied(|_| {});
         let fork = match until_started(&mut signals, command.fork()).await? {
             ControlFlow::Continue(fork) => fork,
             ControlFlow::Break(outcome) => return Ok(Forked { outcome, refused: 0 }),
@@ -404,13 +413,6 @@ impl Target {
         Ok(Self { writer, thread: RefCell::new(Some(thread)) })
     }
 
-    /// Writes an event as a line.
-    fn line(&self, event: &Event) {
-        let mut line = serde_json::to_vec(event).expect("plain data has a JSON form");
-        line.push(b'\n');
-        self.writer.write(&mut line);
-    }
-
     /// Waits until there is room for more.
     async fn room(&self) {
         poll_fn(|cx| self.writer.poll_has_room(cx)).await;
@@ -474,7 +476,7 @@ async fn hand_on(from: Option<ChildOutput>, stream: Stream, form: Form, to: &Tar
             let data = std::mem::replace(&mut bytes, rest);
             bytes.reserve(CHUNK);
             if !data.is_empty() {
-                to.line(&Event::Chunk { worker: 1, stream, data: Data(data) });
+                to.writer.line(&Event::Chunk { worker: 1, stream, data: Data(data) });
             }
         }
         if count == 0 {

@@ -21,6 +21,7 @@ use super::{
 use crate::{
     Error,
     event::Event,
+    grant::Denied,
     message::{Message, MessageError},
     outcome::{Answer, End, Outcome, Stage, millis},
     process::{
@@ -511,7 +512,11 @@ impl Came<'_> {
                     }
                 }
             }
-            _ => self.notes.take(frame),
+            _ => {
+                if let Some(Denied { grant, reason }) = self.notes.take(frame) {
+                    let _ = self.shared.events.send(Event::Denied { worker: 1, grant, reason });
+                }
+            }
         }
         Ok(())
     }

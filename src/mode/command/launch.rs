@@ -1,23 +1,25 @@
 //! What every guest with a process of its own is started with, and how it is watched until it is gone.
 
 use std::{
+    fmt,
     os::fd::{AsFd, BorrowedFd},
     path::{Component, Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use crate::{
     Error,
     child::{CommandConfig, Compiler, entry, jail_of},
-    grant::{GrantError, Grants},
+    grant::{Denied, GrantError, Grants, REFUSALS_MAX},
     limits::{Bytes, CompileLimits, Limits},
     message::Message,
     outcome::{End, LimitKind, Outcome, Stage, Usage},
     process::{
-        Clock, Isolation, Process, Program, Role,
+        Clock, Isolation, Process, Program, Role, names,
         wire::{Frame, Kind},
     },
-    sandbox::{Cache, Code, Cwd, EngineSpec, Guest, Identity, LoadError, name_of, open_file},
+    sandbox::{Cache, Code, Cwd, EngineSpec, Guest, Identity, LoadError, Roots, name_of, open_file},
     signal::Signal,
 };
 
@@ -40,6 +42,33 @@ pub(super) struct Settings {
     /// Whether the file is code that is trusted.
     pub(super) precompiled: bool,
     pub(super) compiler: Compiler,
+    pub(super) on_denied: OnDenied,
+}
+
+/// Who hears what a guest was refused of the network.
+#[derive(Clone)]
+pub(super) struct OnDenied(Arc<dyn Fn(&Denied) + Send + Sync>);
+
+impl OnDenied {
+    pub(super) fn new(hear: impl Fn(&Denied) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(hear))
+    }
+
+    pub(super) fn tell(&self, denied: &Denied) {
+        (self.0)(denied);
+    }
+}
+
+impl Default for OnDenied {
+    fn default() -> Self {
+        Self::new(|denied| tracing::warn!("refused: {denied}"))
+    }
+}
+
+impl fmt::Debug for OnDenied {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("OnDenied")
+    }
 }
 
 impl Settings {
@@ -53,6 +82,7 @@ impl Settings {
             cache: Cache::at(None),
             precompiled: false,
             compiler: Compiler { program: Program::Own, isolation, limits: CompileLimits::default() },
+            on_denied: OnDenied::default(),
         }
     }
 
@@ -123,6 +153,7 @@ impl Settings {
             engine: spec,
             inspection,
             grants: self.grants.clone(),
+            roots: Roots::of_environment(),
             limits: self.limits.clone(),
             args: self.argv(),
             identity: self.identity(true),
@@ -135,7 +166,9 @@ impl Settings {
         // how it ended comes with a backtrace
         let body_max = message_max.saturating_add(FRAME_SLACK).max(1 << 20);
         let [stdin, stdout, stderr] = streams;
-        let fds = [code.as_fd(), stdin, stdout, stderr];
+        let names = names::answer(&self.grants).map_err(Error::io("make a socket"))?;
+        let fds: Vec<_> =
+            [code.as_fd(), stdin, stdout, stderr].into_iter().chain(names.as_ref().map(AsFd::as_fd)).collect();
         let process = Process::start(&self.compiler.program, Role::Command, &config, &fds, body_max).map_err(cannot)?;
         let limit = self.limits.timeout;
         let clock = limit.map(|limit| process.time(limit, extra.kill_signal, extra.grace)).transpose();
@@ -144,7 +177,7 @@ impl Settings {
             clock: clock.map_err(Error::io("start a clock"))?,
             limit,
             process,
-            notes: Notes::default(),
+            notes: Notes { on_denied: self.on_denied.clone(), ..Notes::default() },
             voluntary: false,
             outcome: None,
         })
@@ -222,11 +255,13 @@ pub(super) struct Notes {
     panicked: Option<String>,
     /// That walls are missing is told once, however often it says so.
     walls_told: bool,
+    refusals: usize,
+    on_denied: OnDenied,
 }
 
 impl Notes {
-    /// Takes a frame that is no message.
-    pub(super) fn take(&mut self, frame: &Frame<'_>) {
+    /// Takes a frame that is no message. Answers what its guest was refused, if it says so, and has not too often.
+    pub(super) fn take(&mut self, frame: &Frame<'_>) -> Option<Denied> {
         match frame.kind {
             Kind::Ended => self.said = serde_json::from_slice::<Outcome>(frame.body).ok(),
             Kind::Panic => {
@@ -235,8 +270,15 @@ impl Notes {
             Kind::Walls if !std::mem::replace(&mut self.walls_told, true) => {
                 tracing::warn!("a wall is missing: {}", String::from_utf8_lossy(frame.body));
             }
+            Kind::Denied if self.refusals < REFUSALS_MAX => {
+                self.refusals += 1;
+                let denied = serde_json::from_slice(frame.body).ok()?;
+                self.on_denied.tell(&denied);
+                return Some(denied);
+            }
             _ => {}
         }
+        None
     }
 }
 
@@ -277,7 +319,7 @@ impl Worker {
     pub(super) async fn wait(&mut self) -> Result<Outcome, Error> {
         if self.outcome.is_none() {
             let Self { process, notes, .. } = self;
-            let end = process.wait(|frame| notes.take(&frame)).await;
+            let end = process.wait(|frame| _ = notes.take(&frame)).await;
             self.gone(end);
         }
         ran(self.outcome.clone().expect("it is gone"))

@@ -63,11 +63,11 @@ pub use self::{
 };
 use self::{
     child::Ends,
-    launch::{Extra, Settings, Worker},
+    launch::{Extra, OnDenied, Settings, Worker},
 };
 use crate::{
     Error,
-    grant::{DirGrant, Grants},
+    grant::{Denied, DirGrant, Grants, HttpGrant, TcpGrant},
     limits::{Bytes, CompileLimits, Limits},
     message::Message,
     outcome::Outcome,
@@ -206,6 +206,18 @@ impl Command {
         self
     }
 
+    /// Grants HTTP requests to a host.
+    pub fn http(&mut self, host: HttpGrant) -> &mut Self {
+        self.settings.grants.http.push(host);
+        self
+    }
+
+    /// Grants TCP connections to an address.
+    pub fn tcp(&mut self, address: TcpGrant) -> &mut Self {
+        self.settings.grants.tcp.push(address);
+        self
+    }
+
     /// What the guest may touch, in place of all that was granted before.
     pub fn grants(&mut self, grants: Grants) -> &mut Self {
         self.settings.grants = grants;
@@ -282,6 +294,13 @@ impl Command {
     /// What stands between the guest and the host. Default [`Isolation::Process`]; it cannot be [`Isolation::Thread`].
     pub fn isolation(&mut self, isolation: Isolation) -> &mut Self {
         self.settings.compiler.isolation = isolation;
+        self
+    }
+
+    /// Who hears what the guest was refused of the network: each grant that it lacks once, and not without end. Default a
+    /// warning. A [`Fork`] has an event for it, too.
+    pub fn on_denied(&mut self, hear: impl Fn(&Denied) + Send + Sync + 'static) -> &mut Self {
+        self.settings.on_denied = OnDenied::new(hear);
         self
     }
 

@@ -3,14 +3,14 @@
 
 use std::{os::fd::AsFd, path::PathBuf, sync::Arc, time::Instant};
 
-use super::launch::{Extra, Settings};
+use super::launch::{Extra, OnDenied, Settings};
 use crate::{
     Error,
-    grant::Grants,
+    grant::{Denied, Grants},
     limits::{CompileLimits, Limits},
     outcome::{End, LimitKind, Outcome, Usage},
-    process::{Isolation, Program, runtime},
-    sandbox::{Cache, EngineSpec, Mapped, Sandbox, Setup, Shape, cpu_ms},
+    process::{Isolation, Program, names, runtime},
+    sandbox::{Cache, EngineSpec, Mapped, Network, Roots, Sandbox, Setup, Shape, cpu_ms},
 };
 
 /// What to run, and how.
@@ -91,6 +91,13 @@ impl Run {
         self
     }
 
+    /// Who hears what the guest was refused of the network: each grant that it lacks once, and not without end. Default a
+    /// warning.
+    pub fn on_denied(mut self, hear: impl Fn(&Denied) + Send + Sync + 'static) -> Self {
+        self.0.on_denied = OnDenied::new(hear);
+        self
+    }
+
     /// Runs the guest to its end, on this thread or in a process of its own.
     ///
     /// In this process, with a time limit the guest is compiled with checks, at which it is ended; see [`Run::run_or_exit`].
@@ -131,7 +138,13 @@ impl Run {
             let engine = spec.engine().map_err(|error| Error::Usage(format!("{error:#}")))?;
             let sandbox = Mapped::of(engine, &code)?.link(&code.inspection, Shape::Command)?;
             let (args, identity) = (settings.argv(), settings.identity(false));
+            // who looks names up is a task of this runtime
+            let _inside = runtime.enter();
+            let names = names::answer(&settings.grants).map_err(Error::io("make a socket"))?;
+            let hear = move |denied| settings.on_denied.tell(&denied);
+            let network = Network::prepare(&settings.grants, names, &Roots::of_environment(), hear);
             let setup = Arc::new(Setup {
+                network: Arc::new(network),
                 // its clock waits for that thread when it is ended from inside
                 shares_thread: spec.epoch_checks,
                 ..Setup::alone(settings.grants, settings.limits, args, identity)

@@ -1,19 +1,18 @@
 //! `wasi:http`: requests in, responses out, in types that the engine has no part in.
 
 use std::{
-    future::Future,
     pin::Pin,
     task::{Context, Poll},
 };
 
 use bytes::Bytes;
 use hyper::{
-    Request, Response,
+    Response,
     body::{Body, Frame, SizeHint},
 };
 use tokio::sync::oneshot;
 use wasmtime_wasi_http::{
-    Error, RequestOptions, WasiBody, WasiHttpHooks,
+    Error,
     p2::{
         bindings::http::types::{self, ErrorCode},
         body::HyperOutgoingBody,
@@ -104,28 +103,5 @@ impl Body for GuestBody {
 
     fn size_hint(&self) -> SizeHint {
         self.0.size_hint()
-    }
-}
-
-/// What one write of a guest to its response may have; two of them may wait for the client.
-const CHUNK_MAX: usize = 256 << 10;
-
-/// A guest that may not send requests.
-pub(in crate::sandbox) struct NoOutbound;
-
-type Sent = Result<(Response<WasiBody>, Box<dyn Future<Output = Result<(), Error>> + Send>), Error>;
-
-impl WasiHttpHooks for NoOutbound {
-    fn send_request(
-        &mut self,
-        _: Request<WasiBody>,
-        _: Option<RequestOptions>,
-        _: Box<dyn Future<Output = Result<(), Error>> + Send>,
-    ) -> Box<dyn Future<Output = Sent> + Send> {
-        Box::new(std::future::ready(Err(Error::HttpRequestDenied)))
-    }
-
-    fn p2_outgoing_body_chunk_size(&mut self) -> usize {
-        CHUNK_MAX
     }
 }

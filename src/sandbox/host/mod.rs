@@ -1,12 +1,20 @@
-//! The host side of `wit/`: one file per interface.
+//! The host side of `wit/`, and what WASI leaves to us: one file per interface.
 
 mod http;
 mod mailbox;
+mod network;
+mod outbound;
+mod sockets;
+mod tls;
 mod worker;
 
-pub(super) use http::NoOutbound;
 pub(crate) use http::{BodyError, GuestBody, Respond, Scheme, Unfinished};
 pub(crate) use mailbox::{Full, Mailbox, Received};
+pub(crate) use network::Network;
+pub(super) use outbound::{Outbound, link as link_outbound};
+pub(crate) use sockets::SOCKETS_MAX;
+pub(super) use sockets::{Sockets, link as link_sockets};
+pub(crate) use tls::Roots;
 pub(crate) use worker::Identity;
 
 pub(crate) mod bindings {

@@ -50,6 +50,18 @@ pub const HOSTILE_COMMAND: &str = env!("HOSTILE_COMMAND");
 /// [`HOSTILE_COMMAND`] as a module.
 pub const HOSTILE_COMMAND_P1: &str = env!("HOSTILE_COMMAND_P1");
 
+/// Command: does with the network what its arguments tell it to; its usage lists what it knows.
+pub const NET: &str = env!("NET");
+
+/// [`NET`] as a module, which has no network.
+pub const NET_P1: &str = env!("NET_P1");
+
+/// Command: fetches the URLs that are its arguments; its source lists its flags.
+pub const FETCH: &str = env!("FETCH");
+
+/// HTTP guest: `/?url=URL` answers what is fetched from there, or 502 and the code of the error.
+pub const GATEWAY: &str = env!("GATEWAY");
+
 /// HTTP guest: fails in the way that the path says; its source lists what it knows.
 pub const CRASH: &str = env!("CRASH");
 

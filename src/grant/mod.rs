@@ -1,5 +1,7 @@
 //! What a guest may touch. Nothing, unless it is granted here.
 
+mod network;
+
 use std::{
     fmt,
     path::{Path, PathBuf},
@@ -8,6 +10,9 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+pub use self::network::{Denied, Host, HttpGrant, TcpGrant};
+pub(crate) use self::network::{NAME_MAX, REFUSALS_MAX, Target, default_port, host_and_port};
+
 /// The abilities given to one guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Grants {
@@ -15,6 +20,10 @@ pub struct Grants {
     pub dirs: Vec<DirGrant>,
     /// Environment variables, name and value (`--env`). The guest sees these and no other.
     pub env: Vec<(String, String)>,
+    /// Hosts that it may send HTTP requests to (`--http`).
+    pub http: Vec<HttpGrant>,
+    /// Addresses that it may open TCP connections to (`--tcp`).
+    pub tcp: Vec<TcpGrant>,
 }
 
 impl Grants {
