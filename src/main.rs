@@ -109,14 +109,14 @@ fn spawn(args: SpawnArgs, printer: Printer) -> Result<u8, Error> {
 }
 
 fn exec(args: ExecArgs, printer: Printer) -> Result<u8, Error> {
-    let (guest, as_json) = (args.child.guest.clone(), args.json);
+    let guest = args.child.guest.clone();
+    let form = if args.json { Form::Json } else { Form::Raw };
     let mut command = args.command()?;
-    let output = foreground::exec(command.on_denied(move |denied| printer.denied(denied)))?;
-    report::output(&output, as_json);
-    if !as_json {
-        printer.outcome(&guest, &output.outcome);
+    let outcome = foreground::exec(command.on_denied(move |denied| printer.denied(denied)), form)?;
+    if form == Form::Raw {
+        printer.outcome(&guest, &outcome);
     }
-    Ok(output.outcome.end.exit_code())
+    Ok(outcome.end.exit_code())
 }
 
 fn fork(args: ForkArgs, printer: Printer) -> Result<u8, Error> {

@@ -17,7 +17,6 @@ use serde::Serialize;
 use serde_json::json;
 use wrun::{
     Error, Report,
-    command::Output,
     doctor::{Checkup, Guard, Verdict},
     event::{AccessRecord, Event, Stream, WorkerId},
     grant::Denied,
@@ -351,25 +350,15 @@ pub(crate) fn checkup(found: &Checkup, as_json: bool) {
     print(&text);
 }
 
-/// What a guest printed, and with JSON how it ended.
-pub(crate) fn output(output: &Output, as_json: bool) {
-    if as_json {
-        print(serde_json::to_string(output).expect("plain data has a JSON form") + "\n");
-        return;
-    }
-    print(&output.stdout);
-    let _ = io::stderr().write_all(&output.stderr);
-}
-
 /// One result line on standard output.
 pub(crate) fn result(line: &str) {
-    print(format!("{line}\n"));
+    print(&format!("{line}\n"));
 }
 
 /// Prints to standard output; when nobody reads it, the program is done.
 #[expect(clippy::exit, reason = "as SIGPIPE would, which Rust programs ignore")]
-fn print(text: impl AsRef<[u8]>) {
-    if let Err(error) = io::stdout().write_all(text.as_ref()).and_then(|()| io::stdout().flush()) {
+fn print(text: &str) {
+    if let Err(error) = io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
         if error.kind() != io::ErrorKind::BrokenPipe {
             eprintln!("wrun: error: could not write to standard output: {error}");
         }

@@ -101,6 +101,32 @@ fn waiting_ends_the_input() {
 }
 
 #[test]
+fn a_pipe_that_nobody_took_is_the_end_of_the_input() {
+    block_on(async {
+        let output = command(CAT).stdin(Stdio::piped()).output().await.unwrap();
+        assert_eq!((output.stdout, output.outcome.end), (vec![], End::Exited { code: 0 }));
+    });
+}
+
+#[test]
+fn what_has_ended_is_not_killed() {
+    block_on(async {
+        let mut child = told(&["exit", "3"]).timeout(Duration::from_mins(1)).spawn().await.unwrap();
+        until_ended(child.id());
+        // it was not waited for yet
+        assert!(!child.kill(Signal::TERM) && !child.is_alive());
+        let outcome = child.wait().await.unwrap();
+        assert_eq!((outcome.end, outcome.voluntary), (End::Exited { code: 3 }, false));
+        // nor is it out of time
+        let mut child = told(&["sleep"]).timeout(Duration::from_millis(200)).spawn().await.unwrap();
+        child.kill(Signal::TERM);
+        until_ended(child.id());
+        std::thread::sleep(Duration::from_millis(400));
+        assert_eq!(child.wait().await.unwrap().end, End::Killed { signal: 15 });
+    });
+}
+
+#[test]
 fn output_is_collected_with_how_it_ended() {
     block_on(async {
         let output = told(&["turns", "3"]).output().await.unwrap();
@@ -288,6 +314,12 @@ fn blocking_children_are_like_the_others() {
     assert_eq!(fork.recv_timeout(Duration::from_mins(1)).unwrap(), Some(message("\"bye\"")));
     assert_eq!(fork.recv(), None);
     assert_eq!(fork.wait().unwrap().end, End::Exited { code: 0 });
+    // what is sent goes at once, whether or not the fork is used after that
+    let mut fork = command(COURIER).stdout(Stdio::piped()).fork_blocking().unwrap();
+    fork.send(&message(r#"{"do":"print","text":"it came"}"#)).unwrap();
+    let mut told = [0; 8];
+    fork.stdout.take().unwrap().read_exact(&mut told).unwrap();
+    assert_eq!(&told, b"it came\n");
     let mut fork = command(COURIER).grace(Duration::ZERO).fork_blocking().unwrap();
     fork.send(&message(r#"{"do":"spin"}"#)).unwrap();
     assert_eq!(fork.shutdown().unwrap().end, End::Killed { signal: 15 });
@@ -464,6 +496,16 @@ fn shutdown_lets_finish_and_then_ends() {
             [fork.recv().await, fork.recv().await, fork.recv().await],
             [Some(message("1")), Some(message("\"bye\"")), None]
         );
+        // also when more of its messages lie here than may
+        let fork = command(COURIER).fork().await.unwrap();
+        for _ in 0..10 {
+            fork.send(&message(r#"{"do":"long","bytes":1000000}"#)).unwrap();
+        }
+        assert_eq!(fork.shutdown().await.unwrap().end, End::Exited { code: 0 });
+        for _ in 0..10 {
+            assert_eq!(fork.recv().await.unwrap().as_str().len(), 1_000_000);
+        }
+        assert_eq!((fork.recv().await, fork.recv().await), (Some(message("\"bye\"")), None));
         let fork = command(COURIER).grace(Duration::from_millis(20)).fork().await.unwrap();
         fork.send(&message(r#"{"do":"spin"}"#)).unwrap();
         assert_eq!(fork.shutdown().await.unwrap().end, End::Killed { signal: 15 });

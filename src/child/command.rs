@@ -106,12 +106,13 @@ fn run(
         // what does not go now goes later
         let _ = out.flush();
     };
-    let (mapped, runtime, network) = enter(&config.jail, out, || {
+    let (mapped, runtime, network, cwd) = enter(&config.jail, out, || {
         let engine = config.engine.engine().map_err(|error| broken(format!("{error:#}")))?;
         // the runtime makes sockets for itself
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let network = Network::prepare(&config.grants, names, &config.roots, tell);
-        Ok((Mapped::of(engine, &code)?, runtime.map_err(|error| broken(error.to_string()))?, network))
+        let cwd = config.cwd.as_ref().map(Cwd::open).transpose()?;
+        Ok((Mapped::of(engine, &code)?, runtime.map_err(|error| broken(error.to_string()))?, network, cwd))
     })?;
     // what is missing is told of before the guest prints
     out.finish();
@@ -119,7 +120,7 @@ fn run(
     let sandbox = mapped.link(&code.inspection, shape.unwrap_or(Shape::Command))?;
     let setup = Setup {
         data: config.data,
-        cwd: config.cwd,
+        cwd: cwd.map(Arc::new),
         network: Arc::new(network),
         // what its connections wait for is waited for there, too
         shares_thread: !config.jail.ports.is_empty(),
@@ -133,7 +134,7 @@ fn run(
             if shape.is_some() {
                 return answer(&sandbox, &setup, &line).await;
             }
-            line.say(Kind::Ready, 0, b"");
+            line.say_now(Kind::Ready);
             sandbox.run(&setup).await
         })
     } else {
@@ -153,9 +154,10 @@ async fn answer(sandbox: &Sandbox, setup: &Arc<Setup>, line: &Line) -> Outcome {
         Ok(instance) => instance,
         Err(outcome) => return outcome,
     };
-    line.say(Kind::Ready, 0, b"");
+    line.say_now(Kind::Ready);
     let max = setup.limits.message_max;
     loop {
+        line.make_room();
         let (id, message) = match line.next(None).await {
             Received::Message(id, message) => (id, message),
             Received::TimedOut | Received::Closed => return End::Exited { code: 0 }.with(usage()),

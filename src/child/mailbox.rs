@@ -31,6 +31,9 @@ use crate::{
 /// Messages of a guest that may wait to be written, in bytes.
 const WAITING_MAX: usize = 8 << 20;
 
+/// Bytes of a handler's answers that may wait to be written before it gets its next message.
+const ANSWERS_MAX: usize = 4 << 20;
+
 /// How many of them are written before the guest gets its next message.
 const BATCH: usize = 64 << 10;
 
@@ -85,6 +88,20 @@ impl Line {
         if self.out.push(kind, id, body) > BATCH {
             // the rest goes when there is room
             let _ = self.out.flush();
+        }
+    }
+
+    /// Says something without a body to the primary at once.
+    pub(super) fn say_now(&self, kind: Kind) {
+        self.out.push(kind, 0, b"");
+        // what does not go now goes later
+        let _ = self.out.flush();
+    }
+
+    /// Waits until the primary has taken most of what was said: who is not listened to does not go on.
+    pub(super) fn make_room(&self) {
+        if self.out.waiting_bytes() > ANSWERS_MAX {
+            self.out.finish();
         }
     }
 

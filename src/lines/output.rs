@@ -57,6 +57,8 @@ impl Writer {
             let mut state = self.state();
             if let Err(error) = written {
                 (state.failed, state.error) = (true, Some(error));
+                // nobody takes it any more
+                state.waiting.clear();
             }
             let waker = state.waker.take();
             let failed = state.failed;
@@ -93,7 +95,7 @@ impl Writer {
 
     pub(crate) fn poll_has_room(&self, cx: &mut Context<'_>) -> Poll<()> {
         let mut state = self.state();
-        if state.waiting.len() < WAITING_MAX {
+        if state.failed || state.waiting.len() < WAITING_MAX {
             return Poll::Ready(());
         }
         state.waker = Some(cx.waker().clone());

@@ -37,7 +37,7 @@ impl Pidfd {
     /// # Errors
     /// When the system has no room for another process.
     pub(super) fn spawn(command: Command) -> io::Result<Self> {
-        Self::of(&keeper::spawn(command)?)
+        Self::of(keeper::spawn(command)?)
     }
 
     /// As [`Pidfd::spawn`], as a child of the thread that calls.
@@ -45,11 +45,18 @@ impl Pidfd {
     /// # Errors
     /// When the system has no room for another process.
     pub(super) fn spawn_here(mut command: Command) -> io::Result<Self> {
-        Self::of(&command.spawn()?)
+        Self::of(command.spawn()?)
     }
 
-    fn of(child: &Child) -> io::Result<Self> {
-        let pid = child.id();
+    fn of(mut child: Child) -> io::Result<Self> {
+        Self::watch(child.id()).inspect_err(|_| {
+            // nobody else would
+            let _ = child.kill();
+            let _ = child.wait();
+        })
+    }
+
+    fn watch(pid: u32) -> io::Result<Self> {
         let number = Pid::from_raw(pid.cast_signed()).expect("a process has a number");
         // nobody has waited for it yet, so the number is still its own
         let fd = Arc::new(rustix::process::pidfd_open(number, PidfdFlags::empty())?);
@@ -79,7 +86,11 @@ impl Pidfd {
         let fired = Arc::new(AtomicBool::new(false));
         let (theirs, fd) = (fired.clone(), self.fd.get_ref().clone());
         let alarm = keeper::alarm(after, move || {
-            theirs.store(send(&fd, signal), Ordering::Release);
+            // before it feels it: whoever sees its end then must know why
+            theirs.store(!has_ended(&fd), Ordering::Release);
+            if !send(&fd, signal) {
+                theirs.store(false, Ordering::Release);
+            }
             // a stopped process feels nothing else
             (signal != Signal::KILL).then(|| (grace, Box::new(move || _ = send(&fd, Signal::KILL)) as keeper::Last))
         })?;
@@ -136,7 +147,17 @@ impl Drop for Pidfd {
     }
 }
 
+/// Whether a process has ended, be it waited for or not.
+fn has_ended(fd: &OwnedFd) -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready == 1)
+}
+
+/// Sends a signal to a process that has not ended: the system would take one for what is left of it, too.
 fn send(fd: &OwnedFd, signal: Signal) -> bool {
+    if has_ended(fd) {
+        return false;
+    }
     match RawSignal::from_named_raw(signal.number()) {
         Some(signal) => rustix::process::pidfd_send_signal(fd, signal).is_ok(),
         None => false,

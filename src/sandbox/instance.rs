@@ -1,10 +1,18 @@
 //! One started guest with its own store: the calls into it, and how they end.
 
-use std::{path::PathBuf, sync::Arc, time::Instant};
+use std::{
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Instant,
+};
 
 use bytes::Bytes;
 use hyper::{Request, body::Body};
 use rustix::{
+    fs::{Mode, OFlags, ResolveFlags},
+    io::Errno,
     process::Signal,
     time::{ClockId, clock_gettime},
 };
@@ -54,7 +62,7 @@ pub(crate) struct Setup {
     /// Its line to its parent; none = there is nobody.
     pub(crate) mailbox: Option<Arc<dyn Mailbox>>,
     /// The folder that it starts in; none = it has none.
-    pub(crate) cwd: Option<Cwd>,
+    pub(crate) cwd: Option<Arc<OpenCwd>>,
     /// Whether others wait for the thread that it runs on: then what blocks is done on another one.
     pub(crate) shares_thread: bool,
     /// The longest head of a request that its port lets through; 0 without a port.
@@ -68,10 +76,42 @@ pub(crate) struct Setup {
 pub(crate) struct Cwd {
     /// Its name in the guest.
     pub(crate) guest: String,
-    /// The folder on the host, after all links.
-    pub(crate) host: PathBuf,
+    /// The folder that was granted.
+    pub(crate) root: PathBuf,
+    /// The way from there.
+    pub(crate) rest: PathBuf,
     /// Whether the guest may only read it.
     pub(crate) read_only: bool,
+}
+
+impl Cwd {
+    /// Opens it: the very folder that is found is the guest's, whatever becomes of its name.
+    ///
+    /// # Errors
+    /// When there is none, or a link on the way leads out of the granted folder.
+    pub(crate) fn open(&self) -> Result<OpenCwd, LoadError> {
+        let refused = |error: Errno| {
+            let reason = match error {
+                Errno::XDEV | Errno::LOOP => format!("a link leads out of `{}`", self.root.display()),
+                Errno::NOTDIR => "it is not a folder".into(),
+                error => io::Error::from(error).to_string(),
+            };
+            LoadError::from(GrantError { grant: format!("--cwd {}", self.guest), reason })
+        };
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = rustix::fs::open(&self.root, flags, Mode::empty()).map_err(refused)?;
+        let rest = if self.rest.as_os_str().is_empty() { Path::new(".") } else { &self.rest };
+        let folder = rustix::fs::openat2(&root, rest, flags, Mode::empty(), ResolveFlags::BENEATH).map_err(refused)?;
+        Ok(OpenCwd { guest: self.guest.clone(), folder, read_only: self.read_only })
+    }
+}
+
+/// A [`Cwd`] that is open.
+#[derive(Debug)]
+pub(crate) struct OpenCwd {
+    guest: String,
+    folder: OwnedFd,
+    read_only: bool,
 }
 
 impl Setup {
@@ -264,11 +304,12 @@ impl State {
             wasi.preopened_dir(&dir.host, &dir.guest, perms)
                 .map_err(|error| GrantError { grant: format!("--dir {dir}"), reason: format!("{error:#}") })?;
         }
-        if let Some(Cwd { guest, host, read_only }) = &setup.cwd {
+        if let Some(cwd) = &setup.cwd {
+            let OpenCwd { guest, folder, read_only } = &**cwd;
             let perms = if *read_only { FsPerms::ReadOnly } else { FsPerms::ReadWrite };
             // programs that know nothing of a working directory take relative paths from the folder of this name
             wasi.initial_cwd(guest)
-                .preopened_dir(host, ".", perms)
+                .preopened_dir(format!("/proc/self/fd/{}", folder.as_raw_fd()), ".", perms)
                 .map_err(|error| GrantError { grant: format!("--cwd {guest}"), reason: format!("{error:#}") })?;
         }
         match &setup.stdio {

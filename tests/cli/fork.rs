@@ -264,6 +264,26 @@ fn a_flood_from_either_side_is_bounded() {
     assert_eq!(flooded, sent);
     assert!((50..1000).contains(&sent), "{sent} messages of 100,000 bytes fit somewhere");
 
+    // however small its messages are
+    let mut fork = wrun(["fork", COURIER]).stdin_open().spawn();
+    fork.pause_stdout();
+    fork.write_line("{\"do\":\"flood\",\"bytes\":2}");
+    fork.until_input_stalls();
+    assert!(resident(fork.pid().as_raw_nonzero().get()) < 100 << 20);
+    drop(fork);
+
+    // nobody reads what a handler replies: it is not asked for more
+    let mut fork = wrun(["fork", ECHO]).stdin_open().spawn();
+    fork.pause_stdout();
+    fork.write_later(lines((0..100).map(|_| format!("\"{}\"", "x".repeat((1 << 20) - 2)))));
+    fork.until_input_stalls();
+    assert!(fork.unwritten() > 50 << 20, "{} bytes are left", fork.unwritten());
+    for _ in 0..100 {
+        assert_eq!(fork.stdout_line().len(), 1 << 20);
+    }
+    fork.close_stdin();
+    fork.wait().code(0);
+
     // we flood a guest that takes nothing: the input waits
     let mut fork = wrun(["fork", COURIER]).stdin_open().spawn();
     fork.write_line("{\"do\":\"spin\"}");

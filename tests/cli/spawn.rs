@@ -362,6 +362,21 @@ fn a_reader_that_goes_away_ends_the_guest() {
 }
 
 #[test]
+fn a_reader_that_stalls_and_then_goes_away_ends_the_guest() {
+    for form in [&["--stdout", "pipe"][..], &["--json"]] {
+        let mut running = wrun(["spawn"]).args(form).args([HOSTILE_COMMAND, "--", "flood"]).spawn();
+        running.stdout_line();
+        running.pause_stdout();
+        let guest = guest(&mut running);
+        running.until_stable("what the guest has written", || {
+            fs::read_to_string(format!("/proc/{}/io", guest.as_raw_nonzero())).unwrap_or_default()
+        });
+        running.close_stdout();
+        running.wait().code(141).stderr("");
+    }
+}
+
+#[test]
 fn exec_collects_up_to_a_bound_and_keeps_what_it_has() {
     let flood =
         |max: &str, bytes: &str| wrun(["exec", "--stdout-max", max, HOSTILE_COMMAND, "--", "flood", bytes]).run();

@@ -2,13 +2,14 @@
 
 use std::{
     fmt,
-    io::{PipeReader, PipeWriter},
+    io::{self, PipeReader, PipeWriter},
+    os::fd::OwnedFd,
     time::Duration,
 };
 
 use tokio::runtime::Runtime;
 
-use super::{Child, Command, Fork, Output, SendError};
+use super::{Child, ChildOutput, ChildStdin, Command, Fork, Output, SendError};
 use crate::{
     Error,
     message::Message,
@@ -27,18 +28,15 @@ impl Command {
     /// Inside of a tokio runtime: it blocks.
     pub fn spawn_blocking(&mut self) -> Result<BlockingChild, Error> {
         let runtime = runtime()?;
-        let (mut child, guard) = (runtime.block_on(self.spawn())?, runtime.enter());
-        let cannot = Error::io("hand over the guest's standard streams");
-        let ends = (|| -> std::io::Result<_> {
-            Ok((
-                child.stdin.take().map(|end| end.into_blocking().map(Into::into)).transpose()?,
-                child.stdout.take().map(|end| end.into_blocking().map(Into::into)).transpose()?,
-                child.stderr.take().map(|end| end.into_blocking().map(Into::into)).transpose()?,
-            ))
-        })();
-        let (stdin, stdout, stderr) = ends.map_err(cannot)?;
-        drop(guard);
-        Ok(BlockingChild { stdin, stdout, stderr, child, runtime })
+        let mut child = runtime.block_on(self.spawn())?;
+        let [stdin, stdout, stderr] = ends(&runtime, &mut child.stdin, &mut child.stdout, &mut child.stderr)?;
+        Ok(BlockingChild {
+            stdin: stdin.map(Into::into),
+            stdout: stdout.map(Into::into),
+            stderr: stderr.map(Into::into),
+            child,
+            runtime,
+        })
     }
 
     /// As [`Command::output`].
@@ -72,9 +70,39 @@ impl Command {
     /// Inside of a tokio runtime: it blocks.
     pub fn fork_blocking(&mut self) -> Result<BlockingFork, Error> {
         let runtime = runtime()?;
-        let fork = runtime.block_on(self.fork())?;
-        Ok(BlockingFork { fork, runtime })
+        let mut fork = runtime.block_on(async {
+            let fork = self.fork().await?;
+            // whoever moves its messages finds out that its socket takes some
+            tokio::task::yield_now().await;
+            Ok::<_, Error>(fork)
+        })?;
+        let [stdin, stdout, stderr] = ends(&runtime, &mut fork.stdin, &mut fork.stdout, &mut fork.stderr)?;
+        Ok(BlockingFork {
+            stdin: stdin.map(Into::into),
+            stdout: stdout.map(Into::into),
+            stderr: stderr.map(Into::into),
+            fork,
+            runtime,
+        })
     }
+}
+
+/// Our ends of a guest's pipes, for a thread that waits.
+fn ends(
+    runtime: &Runtime,
+    stdin: &mut Option<ChildStdin>,
+    stdout: &mut Option<ChildOutput>,
+    stderr: &mut Option<ChildOutput>,
+) -> Result<[Option<OwnedFd>; 3], Error> {
+    let _inside = runtime.enter();
+    let mut ends = || -> io::Result<_> {
+        Ok([
+            stdin.take().map(ChildStdin::into_blocking).transpose()?,
+            stdout.take().map(ChildOutput::into_blocking).transpose()?,
+            stderr.take().map(ChildOutput::into_blocking).transpose()?,
+        ])
+    };
+    ends().map_err(Error::io("hand over the guest's standard streams"))
 }
 
 /// A [`Child`] for programs without a runtime. It is ended when this is dropped.
@@ -142,6 +170,12 @@ impl BlockingChild {
 ///
 /// Messages move during calls only. Time limits hold always.
 pub struct BlockingFork {
+    /// The guest's standard input, when that is a pipe. Dropping it is the end of the input.
+    pub stdin: Option<PipeWriter>,
+    /// The guest's standard output, when that is a pipe.
+    pub stdout: Option<PipeReader>,
+    /// The guest's standard error, when that is a pipe.
+    pub stderr: Option<PipeReader>,
     fork: Fork,
     runtime: Runtime,
 }

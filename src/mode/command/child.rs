@@ -145,7 +145,7 @@ impl Child {
     }
 
     /// Waits until it has ended, and collects what it writes to its pipes, at most [`OUTPUT_MAX`](super::OUTPUT_MAX) of
-    /// each. A guest that writes more is ended; what was collected is kept.
+    /// each. Its standard input is closed first, when that is a pipe that is still here. A guest that writes more is ended; what was collected is kept.
     ///
     /// Not cancel-safe: what was collected is lost, and the guest with it.
     ///
@@ -157,6 +157,7 @@ impl Child {
 
     /// As [`Child::wait_with_output`], with another bound.
     pub(super) async fn collect(mut self, max: Bytes) -> Result<Output, Error> {
+        drop(self.stdin.take());
         let (mut stdout, mut stderr) = (vec![], vec![]);
         let (mut out, mut err) = (self.stdout.take(), self.stderr.take());
         let both = async {

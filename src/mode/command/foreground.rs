@@ -21,7 +21,7 @@ use tokio::{
 };
 
 use super::{
-    Command, Fork, Output,
+    Command, Fork,
     child::{ChildOutput, ChildStdin},
 };
 use crate::{
@@ -130,25 +130,46 @@ pub fn spawn(command: &mut Command, form: Form) -> Result<Outcome, Error> {
     })
 }
 
-/// Runs a guest until it has ended, and collects what it prints.
+/// Runs a guest until it has ended, and then writes what it printed: to this process's own streams, or with
+/// [`Form::Json`] as one line, an [`Output`](super::Output), to standard output.
 ///
 /// # Errors
-/// As [`Command::output`].
+/// As [`Command::output`], or when the output cannot be written.
 ///
 /// # Panics
 /// Inside of a tokio runtime: it blocks.
-pub fn exec(command: &mut Command) -> Result<Output, Error> {
+pub fn exec(command: &mut Command, form: Form) -> Result<Outcome, Error> {
     in_foreground(async |mut signals| {
         let (mut stop, max) = (Stop::new(command), command.output_max);
+        let (out, err) = (Target::start(io::stdout())?, Target::start(io::stderr())?);
         let child = match until_started(&mut signals, command.spawn_for_output()).await? {
             ControlFlow::Continue(child) => child,
-            ControlFlow::Break(outcome) => return Ok(Output { stdout: vec![], stderr: vec![], outcome }),
+            ControlFlow::Break(outcome) => return Ok(outcome),
         };
         let signaller = child.worker.process.signaller();
-        let told = Cell::new(false);
+        let (told, ended) = (Cell::new(false), RefCell::new(None));
+        let work = async {
+            let outcome = child.collect(max).await.map(|mut output| {
+                output.outcome.voluntary = told.get();
+                match form {
+                    Form::Json => out.writer.line(&output),
+                    Form::Raw => {
+                        out.writer.write(&mut output.stdout);
+                        err.writer.write(&mut output.stderr);
+                    }
+                }
+                output.outcome
+            });
+            ended.replace(Some(outcome));
+            out.written().await;
+            err.written().await;
+        };
         let obey = async {
             loop {
                 let next = stop.next(&mut signals).await;
+                if ended.borrow().is_some() {
+                    return;
+                }
                 told.set(true);
                 // of its own it has nothing that could be closed
                 if let Next::Signal(signal) = next {
@@ -156,12 +177,14 @@ pub fn exec(command: &mut Command) -> Result<Output, Error> {
                 }
             }
         };
-        let mut output = tokio::select! {
-            output = child.collect(max) => output?,
-            () = obey => unreachable!("it goes on for ever"),
-        };
-        output.outcome.voluntary = told.get();
-        Ok(output)
+        tokio::select! {
+            () = work => {}
+            () = obey => {}
+        }
+        let outcome = ended.into_inner().expect("it has ended");
+        out.error()?;
+        err.error()?;
+        outcome
     })
 }
 

@@ -35,6 +35,16 @@ use crate::{
 /// message and what is in the socket.
 const WAITING_MAX: usize = 4 << 20;
 
+/// What a message takes beside its text.
+const MESSAGE_COST: usize = 64;
+
+/// How much more may have come from a guest that was asked to end, so that it can: all that it can have said before that,
+/// and some more.
+const LAST_WORDS: usize = 16 << 20;
+
+/// How much of a guest's reason for failing a message is told as an event, in characters.
+const REASON_MAX: usize = 1000;
+
 /// How many bytes are given to the socket before more are taken from those that wait.
 const WRITE_AHEAD: usize = 1 << 20;
 
@@ -151,6 +161,7 @@ impl Fork {
             message_max,
             is_handler,
             started: Instant::now(),
+            is_online: false,
             drained: false,
             tasks: 0,
             broken: None,
@@ -195,7 +206,8 @@ impl Fork {
     /// Sends a message and waits for its answer: a handler's to this very message, or the next message that a command
     /// sends and that no earlier request waits for.
     ///
-    /// A request that is dropped has been sent all the same; its answer is dropped with it.
+    /// A request that is dropped has been sent all the same; its answer is dropped with it. An answer comes behind the
+    /// messages that the guest has sent before: when more of those lie here than may, somebody must take them.
     ///
     /// # Errors
     /// As [`Fork::send`]. A guest that ends instead of answering is [`Answer::Ended`].
@@ -270,7 +282,7 @@ impl Fork {
         match state.incoming.pop_front() {
             Some(message) => {
                 let was_full = state.incoming_bytes > WAITING_MAX;
-                state.incoming_bytes -= message.as_str().len();
+                state.incoming_bytes -= message.as_str().len() + MESSAGE_COST;
                 if was_full && state.incoming_bytes <= WAITING_MAX {
                     state.wake_driver();
                 }
@@ -302,7 +314,8 @@ impl Fork {
     }
 
     /// Waits until the guest has ended. Cancel-safe, and answers the same when it is asked again. Messages that were not
-    /// taken can still be.
+    /// taken can still be; but a guest that has sent more than may lie here ends when enough of them are taken, or it is
+    /// killed, or [`Fork::disconnect`] is called.
     ///
     /// # Errors
     /// When the guest never ran: its imports are not offered, a wall is missing.
@@ -352,6 +365,7 @@ struct Driver {
     message_max: usize,
     is_handler: bool,
     started: Instant,
+    is_online: bool,
     /// The guest was told that no more will come.
     drained: bool,
     tasks: u64,
@@ -395,9 +409,15 @@ impl Driver {
             let is_full = self.give(cx);
             if is_full {
                 // it may still end, and then what it has sent is bounded by what the socket holds
-                std::task::ready!(self.worker.process.poll_unread(cx));
+                if self.worker.process.poll_unread(cx).is_pending() {
+                    let is_idle = self.worker.process.waiting_bytes() == 0;
+                    if is_idle && !self.shared.state().outgoing.pending().is_empty() {
+                        continue;
+                    }
+                    return Poll::Pending;
+                }
             }
-            let Self { shared, worker, message_max, is_handler, started, tasks, broken, .. } = self;
+            let Self { shared, worker, message_max, is_handler, started, is_online, tasks, broken, .. } = self;
             let Worker { process, notes, .. } = worker;
             let pid = process.pid();
             let mut came = Came { state: shared.state(), shared, notes, message_max: *message_max, received: 0 };
@@ -405,7 +425,9 @@ impl Driver {
                 if broken.is_some() {
                     return;
                 }
-                if frame.kind == Kind::Ready {
+                if frame.kind == Kind::Ready && std::mem::replace(is_online, true) {
+                    *broken = Some("it got ready twice".into());
+                } else if frame.kind == Kind::Ready {
                     let start_ms = millis(started.elapsed());
                     let _ = shared.events.send(Event::Online { worker: 1, pid, start_ms });
                 } else if let Err(reason) = came.take(&frame, *is_handler, tasks) {
@@ -449,7 +471,7 @@ impl Driver {
             process.send(Kind::Drain, 0, b"");
             let _ = self.shared.events.send(Event::Disconnect { worker: 1 });
         }
-        state.incoming_bytes > WAITING_MAX
+        state.incoming_bytes > WAITING_MAX + if state.disconnected { LAST_WORDS } else { 0 }
     }
 }
 
@@ -505,6 +527,7 @@ impl Came<'_> {
                     (None, Answer::Reply(reply)) => self.receive(reply),
                     (None, Answer::NoReply | Answer::Ended(_)) => {}
                     (None, Answer::Error(reason)) => {
+                        let reason: String = reason.as_str().chars().take(REASON_MAX).collect();
                         self.complain(format!("the guest failed message {}: {reason}", frame.id));
                     }
                     (None, Answer::Invalid(error)) => {
@@ -522,7 +545,7 @@ impl Came<'_> {
     }
 
     fn receive(&mut self, message: Message) {
-        self.state.incoming_bytes += message.as_str().len();
+        self.state.incoming_bytes += message.as_str().len() + MESSAGE_COST;
         self.state.incoming.push_back(message);
         self.received += 1;
     }
