@@ -172,6 +172,17 @@ impl Inbox {
             }
             // both directions may be full: whoever waits for one of them alone may wait for ever
             let all_written = self.out.flush().unwrap_or(true);
+            if all_written && until.is_none() {
+                // a wake-up by a plain read is cheaper than one by a poll, and often on the core that the primary has left
+                match rustix::net::recv(
+                    &self.socket,
+                    rustix::buffer::spare_capacity(self.incoming.space()),
+                    RecvFlags::empty(),
+                ) {
+                    Ok((_, 1..)) | Err(Errno::INTR) => continue,
+                    _ => std::process::exit(125),
+                }
+            }
             let left = until.map(|until| until.saturating_duration_since(Instant::now()));
             if left == Some(Duration::ZERO) {
                 return Received::TimedOut;
