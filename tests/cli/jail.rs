@@ -3,7 +3,7 @@
 
 use std::{fs, os::unix::fs::PermissionsExt as _, process::Command};
 
-use guest_artifacts::{ARGS, CAT, ECHO, HELLO, HELLO_HTTP, HOSTILE_COMMAND, HOSTILE_COMMAND_P1};
+use guest_artifacts::{ARGS, CAT, COURIER, ECHO, HELLO, HELLO_HTTP, HOSTILE_COMMAND, HOSTILE_COMMAND_P1};
 use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 
@@ -69,6 +69,17 @@ fn every_process_with_a_guest_is_in_a_jail() {
     is_jailed(child);
     command.close_stdin();
     command.wait().code(0);
+
+    // and children, with a mailbox and without
+    for (mode, guest) in [("spawn", CAT), ("fork", ECHO), ("fork", COURIER)] {
+        let mut parent = wrun([mode, guest]).stdin_open().spawn();
+        parent.write_line("[\"inside\"]");
+        assert_eq!(parent.stdout_line(), "[\"inside\"]");
+        let [child] = children(parent.pid())[..] else { panic!("expected one child") };
+        is_jailed(child);
+        parent.close_stdin();
+        parent.wait().code(0);
+    }
 }
 
 #[test]
