@@ -121,7 +121,9 @@ fn what_has_ended_is_not_killed() {
         let mut child = told(&["sleep"]).timeout(Duration::from_millis(200)).spawn().await.unwrap();
         child.kill(Signal::TERM);
         until_ended(child.id());
-        std::thread::sleep(Duration::from_millis(400));
+        // one whose time is over later
+        let mut other = told(&["sleep"]).timeout(Duration::from_millis(300)).spawn().await.unwrap();
+        assert!(matches!(other.wait().await.unwrap().end, End::Limit { .. }));
         assert_eq!(child.wait().await.unwrap().end, End::Killed { signal: 15 });
     });
 }
