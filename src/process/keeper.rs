@@ -105,7 +105,12 @@ fn keep(orders: &Receiver<Order>) {
             Some(((due, _), _)) => orders.recv_timeout(due.saturating_duration_since(now)),
         };
         match order {
-            Ok(Order::Spawn(mut command, told)) => drop(told.send(command.spawn())),
+            Ok(Order::Spawn(mut command, told)) => {
+                let spawned = command.spawn();
+                // it holds the child's end of the socket, and whoever asked shall not find that open
+                drop(command);
+                let _ = told.send(spawned);
+            }
             Ok(Order::Alarm(id, due, ring)) => drop(alarms.insert((due, id), ring)),
             Ok(Order::Cancel(id)) => alarms.retain(|(_, other), _| *other != id),
             Err(RecvTimeoutError::Timeout) => {}
