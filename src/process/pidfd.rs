@@ -84,8 +84,10 @@ impl Pidfd {
     /// Sends it a signal after this time, and SIGKILL when it is still there after `grace` more, whoever looks at it then.
     pub(super) fn time(&self, after: Duration, signal: Signal, grace: Duration) -> io::Result<Clock> {
         let fired = Arc::new(AtomicBool::new(false));
-        let (theirs, fd) = (fired.clone(), self.fd.get_ref().clone());
+        // what nobody waits for any more is not kept for its alarm
+        let (theirs, fd) = (fired.clone(), Arc::downgrade(self.fd.get_ref()));
         let alarm = keeper::alarm(after, move || {
+            let fd = fd.upgrade()?;
             // before it feels it: whoever sees its end then must know why
             theirs.store(!has_ended(&fd), Ordering::Release);
             if !send(&fd, signal) {
