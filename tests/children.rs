@@ -193,6 +193,10 @@ fn signals_are_reported_exactly() {
         // stopped, and then ended all the same
         let mut child = told(&["sleep"]).grace(Duration::from_millis(20)).spawn().await.unwrap();
         child.kill(Signal::STOP);
+        let stat = format!("/proc/{}/stat", child.id());
+        while !fs::read_to_string(&stat).unwrap().rsplit(") ").next().unwrap().starts_with('T') {
+            tokio::task::yield_now().await;
+        }
         assert_eq!(child.shutdown().await.unwrap().end, End::Killed { signal: 9 });
         // by somebody else
         let mut child = told(&["sleep"]).spawn().await.unwrap();

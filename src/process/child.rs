@@ -81,6 +81,16 @@ pub(super) fn enter_namespaces(network: bool) -> io::Result<()> {
     Ok(unsafe { rustix::thread::unshare_unsafe(own) }?)
 }
 
+/// Takes back what was inherited about signals: whoever is started in the background of a script ignores some, and all that
+/// it starts would, too. What ends a process shall end this one. Those stay that the runtime has just set.
+pub(super) fn reset_signals() {
+    let kept = [libc::SIGKILL, libc::SIGSTOP, libc::SIGPIPE, libc::SIGSEGV, libc::SIGBUS];
+    for number in (1..=31).filter(|number| !kept.contains(number)) {
+        // SAFETY: this process has one thread yet, as `init` asks its caller to see to, and no handler that anybody relies on.
+        unsafe { libc::signal(number, libc::SIG_DFL) };
+    }
+}
+
 /// Lets a write beyond the largest size of a file fail instead of ending the process.
 pub(super) fn ignore_file_size_signal() {
     // SAFETY: sets a signal to be ignored, for which nothing in this process has a handler.

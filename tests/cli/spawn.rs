@@ -251,6 +251,10 @@ fn ctrl_c_reaches_the_guests_process_once() {
     let mut running = wrun(["spawn", HOSTILE_COMMAND, "--", "sleep"]).spawn();
     let guest = guest(&mut running);
     rustix::process::kill_process(guest, Signal::STOP).unwrap();
+    running.until_holds("the guest to stop", || {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", guest.as_raw_nonzero())).unwrap_or_default();
+        stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
+    });
     running.signal(Signal::INT);
     running.signal(Signal::TERM);
     running.signal(Signal::INT);
@@ -295,13 +299,18 @@ fn a_signal_from_elsewhere_is_reported_exactly() {
         rustix::process::kill_process(guest(&mut running), signal).unwrap();
         running.wait().code(code).stderr_has(&format!("killed by signal {}", signal.as_raw()));
     }
+    // whatever wrun itself was told to ignore
+    let mut running = wrun(["spawn", HOSTILE_COMMAND, "--", "say", "on\n", "sleep"]).ignoring("QUIT").spawn();
+    running.stdout_line();
+    rustix::process::kill_process(guest(&mut running), Signal::QUIT).unwrap();
+    running.wait().code(131).stderr_has("killed by signal 3 (SIGQUIT)");
 }
 
 #[test]
 fn a_guest_does_not_outlive_its_parent() {
     let spawn = ["spawn", HOSTILE_COMMAND, "--", "say", "on\n", "spin"];
-    for args in [&spawn[..], &["exec", HOSTILE_COMMAND, "--", "spin"]] {
-        let mut running = wrun(args).spawn();
+    for args in [&spawn[..], &["exec", HOSTILE_COMMAND, "--", "spin"], &["fork", COURIER]] {
+        let mut running = wrun(args).stdin_open().spawn();
         let guest = guest(&mut running);
         let ended = rustix::process::pidfd_open(guest, rustix::process::PidfdFlags::empty()).unwrap();
         running.signal(Signal::KILL);

@@ -73,6 +73,7 @@ impl Folder {
             redirections: vec![],
             open_files: None,
             unknown_calls: vec![],
+            ignored: None,
             stdin: Input::Null,
             stdout: None,
         }
@@ -150,6 +151,7 @@ pub(crate) struct Wrun {
     redirections: Vec<&'static str>,
     open_files: Option<u32>,
     unknown_calls: Vec<i64>,
+    ignored: Option<&'static str>,
     stdin: Input,
     stdout: Option<File>,
 }
@@ -220,6 +222,12 @@ impl Wrun {
         self
     }
 
+    /// It starts with a signal ignored, as what a script has in its background does.
+    pub(crate) fn ignoring(mut self, signal: &'static str) -> Self {
+        self.ignored = Some(signal);
+        self
+    }
+
     /// The kernel answers these system calls as one that does not have them.
     pub(crate) fn on_a_kernel_without(mut self, calls: &[i64]) -> Self {
         self.unknown_calls = calls.to_vec();
@@ -234,12 +242,13 @@ impl Wrun {
 
     /// Starts it.
     pub(crate) fn spawn(self) -> Running {
-        let mut command = if self.redirections.is_empty() && self.open_files.is_none() {
+        let mut command = if self.redirections.is_empty() && self.open_files.is_none() && self.ignored.is_none() {
             Command::new(WRUN)
         } else {
             let limit = self.open_files.map(|most| format!("ulimit -n {most} && ")).unwrap_or_default();
+            let trap = self.ignored.map(|signal| format!("trap '' {signal} && ")).unwrap_or_default();
             let mut shell = Command::new("/bin/sh");
-            shell.arg("-c").arg(format!("{limit}exec \"$0\" \"$@\" {}", self.redirections.join(" "))).arg(WRUN);
+            shell.arg("-c").arg(format!("{limit}{trap}exec \"$0\" \"$@\" {}", self.redirections.join(" "))).arg(WRUN);
             shell
         };
         command.args(&self.args).env_clear().envs(self.env).current_dir(self.folder.0.path());
