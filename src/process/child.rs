@@ -4,8 +4,9 @@ use std::{
     io::{self, Read},
     os::{
         fd::{FromRawFd, OwnedFd},
-        unix::net::UnixStream,
+        unix::{net::UnixStream, process::CommandExt},
     },
+    process::Command,
     sync::{
         Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -81,13 +82,26 @@ pub(super) fn enter_namespaces(network: bool) -> io::Result<()> {
     Ok(unsafe { rustix::thread::unshare_unsafe(own) }?)
 }
 
-/// Takes back what was inherited about signals: whoever is started in the background of a script ignores some, and all that
-/// it starts would, too. What ends a process shall end this one. Those stay that the runtime has just set.
-pub(super) fn reset_signals() {
-    let kept = [libc::SIGKILL, libc::SIGSTOP, libc::SIGPIPE, libc::SIGSEGV, libc::SIGBUS];
-    for number in (1..=31).filter(|number| !kept.contains(number)) {
-        // SAFETY: this process has one thread yet, as `init` asks its caller to see to, and no handler that anybody relies on.
-        unsafe { libc::signal(number, libc::SIG_DFL) };
+/// Lets a program start with all signals as they are by default, when this process ignores some. Whoever is started in the
+/// background of a script does, and all that it starts would, too: what ends a process shall end a child.
+pub(super) fn reset_ignored_signals(command: &mut Command) {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    // that of a closed pipe is reset anyhow
+    let is_ignored = |number: &libc::c_int| *number != libc::SIGPIPE && ignored >> (number - 1) & 1 == 1;
+    let ignored: Vec<_> = (1..=31).filter(is_ignored).collect();
+    if ignored.is_empty() {
+        return;
+    }
+    // SAFETY: between fork and exec this calls nothing but `signal`, which may be called there.
+    unsafe {
+        command.pre_exec(move || {
+            for number in &ignored {
+                libc::signal(*number, libc::SIG_DFL);
+            }
+            Ok(())
+        });
     }
 }
 

@@ -111,7 +111,6 @@ pub(super) fn begin() -> io::Result<()> {
     // First: from here on this process dies with its parent, whatever it is doing. Should the parent be gone already,
     // nobody sends the hello, which also names the parent, so that one that was inherited from is noticed.
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-    super::child::reset_signals();
     // What the program that started us forgot to close. The socket is 0; 1 and 2 lead nowhere.
     super::child::close_from(3)?;
     // No terminal: whoever shares one can type into it for others.

@@ -190,6 +190,7 @@ impl Process {
         };
         let mut command = Command::new(path);
         command.arg0(ARG0).env_clear().stdin(OwnedFd::from(theirs)).stdout(Stdio::null()).stderr(Stdio::null());
+        child::reset_ignored_signals(&mut command);
         let child = spawn(command)?;
 
         let hello = Hello {

@@ -272,12 +272,15 @@ impl Client {
 
     fn more(&mut self) -> io::Result<()> {
         let mut bytes = [0; 16 << 10];
-        match self.stream.read(&mut bytes)? {
-            0 => Err(io::ErrorKind::UnexpectedEof.into()),
-            length => {
+        match self.stream.read(&mut bytes) {
+            Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(length) => {
                 self.buffer.extend_from_slice(&bytes[..length]);
                 Ok(())
             }
+            // a wait with a time limit is not taken up again by the kernel when the machine was paused
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+            Err(error) => Err(error),
         }
     }
 

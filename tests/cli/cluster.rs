@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fs::File};
 
 use guest_artifacts::{CRASH_AT_START, DATA_PROCESSOR, ECHO, FIB, HELLO, HOSTILE, WHOAMI};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::wrun::{Finished, Folder, wrun};
@@ -354,6 +355,21 @@ fn an_import_that_wrun_does_not_offer_is_named_before_a_worker_is_started() {
         "it imports `acme:tools/saw@1.0.0`, which wrun does not offer",
         "wrun offers WASI preview 1, WASI 0.2 and wrun:guest@0.1.0",
     );
+}
+
+#[test]
+fn a_reader_that_stalls_for_ever_is_not_waited_for_after_a_signal() {
+    let mut running = wrun(["cluster", "-w1", "--log-format=json", ECHO]).stdin_open().spawn();
+    running.pause_stdout();
+    let line = format!("\"{}\"\n", "x".repeat(1 << 19));
+    // more than the pipe takes, and less than is too much to wait
+    running.write(line.repeat(4));
+    running.close_stdin();
+    running.stderr_line_with("\"event\":\"exit\"");
+    running.signal(Signal::TERM);
+    running.until_ended();
+    running.close_stdout();
+    running.wait().code(143);
 }
 
 #[test]

@@ -73,8 +73,12 @@ pub fn run(
         let finish = pool.run().await;
         let client = pool.into_client();
         writer.close();
-        // waits for the last bytes to be written, or refused
-        let _ = writing.join();
+        // waits for the last bytes to be written, or refused; whoever reads them may never do
+        let mut signals = Signals::new().map_err(Error::io("listen for signals"))?;
+        tokio::select! {
+            _ = tokio::task::spawn_blocking(|| writing.join()) => {}
+            signal = poll_fn(|cx| signals.poll(cx)) => return Ok(End::Stopped { signal, killed: true }),
+        }
         match writer.take_error() {
             Some(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(End::OutputClosed),
             Some(source) => return Err(Error::Io { what: "write the answers", source }),
