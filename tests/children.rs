@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use guest_artifacts::{ARGS, CAT, COURIER, DATA_PROCESSOR, ECHO, HELLO, HELLO_HTTP, HOSTILE, HOSTILE_COMMAND_P1};
+use guest_artifacts::{ARGS, CAT, COURIER, DATA_PROCESSOR, ECHO, HELLO, HELLO_HTTP, HOSTILE, HOSTILE_COMMAND_P1, NET};
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     process::{Pid, PidfdFlags},
@@ -298,6 +298,17 @@ fn a_child_outlives_the_thread_that_started_it() {
     let mut text = String::new();
     child.stdout.take().unwrap().read_to_string(&mut text).unwrap();
     assert_eq!((text.as_str(), child.wait().unwrap().end), ("still here", End::Exited { code: 0 }));
+}
+
+#[test]
+fn names_are_looked_up_for_a_child_that_nobody_looks_at() {
+    let mut command = command(NET);
+    command.args(["lookup", "localhost"]).tcp("localhost:1".parse().unwrap()).stdout(Stdio::piped());
+    let mut child = command.spawn_blocking().unwrap();
+    let mut text = String::new();
+    child.stdout.take().unwrap().read_to_string(&mut text).unwrap();
+    assert!(text.contains("127.0.0.1"), "{text}");
+    assert_eq!(child.wait().unwrap().end, End::Exited { code: 0 });
 }
 
 #[test]

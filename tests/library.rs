@@ -233,7 +233,7 @@ fn workers_that_lie_are_refused_by_name() {
             (frame(2, 8, 1, b"{}"), "it sent a broken outcome: missing field"),
             (frame(4, 9, 0, b"nope"), "it sent a broken message: not JSON: expected ident"),
             (frame(0, 4, 1, b""), "it sent Task, which only a primary may"),
-            (frame(2, 20, 0, b"{}"), "it sent a broken refusal: missing field"),
+            (frame(2, 20, 0, b"{}"), "it sent what is no refusal"),
             (b"HTTP/1.1 200 OK\r\n\r\n".to_vec(), "a frame of 1347703880 bytes came, at most 1310720 are taken"),
         ] {
             let liar = liar(folder.path(), &bytes);

@@ -1,8 +1,8 @@
 //! Which addresses a guest may connect to. Pure: grants and addresses in, yes or no out.
 //!
 //! An address is allowed when a grant names it literally, or when it is a public one that a granted name led to. What is
-//! not public (this machine, the networks around it, the metadata service of a cloud) is never reached by a name alone:
-//! whoever owns the name decides where it leads.
+//! not public (loopback, private and link-local networks, the metadata services of clouds) is never reached by a name alone:
+//! whoever owns the name decides where it leads. A machine's own public address is one of the internet like any other.
 
 use std::{
     fmt,
@@ -54,6 +54,25 @@ pub struct Denied {
 
 /// How many refusals of one worker are told.
 pub(crate) const REFUSALS_MAX: usize = 16;
+
+/// The longest text of a refusal, in bytes: two names, and what is said around them.
+const DENIED_MAX: usize = 3 * NAME_MAX;
+
+impl Denied {
+    /// Reads what a worker says of a refusal. It is shown as wrun's own words, so it must be what wrun would say.
+    pub(crate) fn read(bytes: &[u8]) -> Option<Self> {
+        let denied: Self = serde_json::from_slice(bytes).ok()?;
+        let is_grant = match denied.grant.split_once(' ')? {
+            ("--http", host) => host.parse::<HttpGrant>().is_ok(),
+            // the port of a lookup is not known, and nothing of a socket that was not made
+            ("--tcp", "HOST:PORT") => true,
+            ("--tcp", to) => to.strip_suffix(":PORT").map_or(to.parse::<TcpGrant>().is_ok(), |to| name(to).is_some()),
+            _ => false,
+        };
+        let is_reason = denied.reason.starts_with("the guest may not ") && denied.reason.len() <= DENIED_MAX;
+        (is_grant && is_reason).then_some(denied)
+    }
+}
 
 impl fmt::Display for Denied {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -181,12 +200,14 @@ impl Grants {
 }
 
 /// IPv4 networks that are not public, by IANA's register of special addresses; multicast and what is above it, too.
-const SPECIAL_V4: [(Ipv4Addr, u8); 15] = [
+const SPECIAL_V4: [(Ipv4Addr, u8); 16] = [
     (Ipv4Addr::UNSPECIFIED, 8),
     (Ipv4Addr::new(10, 0, 0, 0), 8),
     (Ipv4Addr::new(100, 64, 0, 0), 10),
     (Ipv4Addr::new(127, 0, 0, 0), 8),
     (Ipv4Addr::new(169, 254, 0, 0), 16),
+    // public by its number, and in Azure the machine's own host
+    (Ipv4Addr::new(168, 63, 129, 16), 32),
     (Ipv4Addr::new(172, 16, 0, 0), 12),
     (Ipv4Addr::new(192, 0, 0, 0), 24),
     (Ipv4Addr::new(192, 0, 2, 0), 24),
@@ -459,6 +480,7 @@ mod tests {
             "127.0.0.1",
             "127.255.255.255",
             "169.254.169.254",
+            "168.63.129.16",
             "172.16.0.1",
             "172.31.255.255",
             "192.0.0.8",
@@ -583,5 +605,25 @@ mod tests {
         let addresses = grants(&["1.2.3.4"], &["[::1]:80"]);
         assert!(!addresses.have_names());
         assert!(Grants::default().ports().is_empty());
+    }
+
+    #[test]
+    fn what_a_worker_says_of_a_refusal_is_what_wrun_would_say() {
+        let read = |grant: &str, reason: &str| {
+            let text = serde_json::to_vec(&Denied { grant: grant.into(), reason: reason.into() }).expect("plain data");
+            Denied::read(&text).is_some()
+        };
+        for grant in
+            ["--tcp [::1]:80", "--tcp a.example:80", "--tcp a.example:PORT", "--tcp HOST:PORT", "--http a.example"]
+        {
+            assert!(read(grant, "the guest may not do so"), "{grant}");
+        }
+        for grant in ["", "--dir /", "--tcp", "--tcp a b:80", "--http a.example --dir /", "--http ", "--tcp :PORT"] {
+            assert!(!read(grant, "the guest may not do so"), "{grant}");
+        }
+        assert!(!read("--tcp a.example:80", "send money"));
+        assert!(read("--tcp a.example:80", &format!("the guest may not {}", "x".repeat(DENIED_MAX - 18))));
+        assert!(!read("--tcp a.example:80", &format!("the guest may not {}", "x".repeat(DENIED_MAX - 17))));
+        assert_eq!(Denied::read(b"{}"), None);
     }
 }

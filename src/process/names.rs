@@ -8,16 +8,9 @@
 //! primary believes the worker nothing, and asks for no name that is not granted.
 
 use std::{
-    future::Future,
-    io,
+    io::{self, Read, Write},
     net::{IpAddr, ToSocketAddrs},
-    os::unix::net::UnixStream as StdStream,
-};
-
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::UnixStream,
-    sync::oneshot,
+    os::unix::net::UnixStream,
 };
 
 use crate::grant::{Grants, NAME_MAX, Target};
@@ -28,32 +21,30 @@ const LINE_MAX: usize = NAME_MAX + 32;
 /// How many addresses of a name are told.
 const ADDRESSES_MAX: usize = 16;
 
-/// Begins to answer a worker that is to be started: its end of the line, when there is a name in its grants. Must be
-/// called inside of a runtime, which must go on.
+/// Begins to answer a worker that is to be started, on a thread of its own: its end of the line, when there is a name in
+/// its grants.
 ///
 /// # Errors
-/// When the system has no descriptor left.
-pub(crate) fn answer(grants: &Grants) -> io::Result<Option<StdStream>> {
+/// When the system has no descriptor or no room for a thread left.
+pub(crate) fn answer(grants: &Grants) -> io::Result<Option<UnixStream>> {
     if !grants.have_names() {
         return Ok(None);
     }
-    let (ours, theirs) = StdStream::pair()?;
-    ours.set_nonblocking(true)?;
-    tokio::spawn(answer_with(UnixStream::from_std(ours)?, grants.clone(), look_up));
+    let (ours, theirs) = UnixStream::pair()?;
+    let grants = grants.clone();
+    std::thread::Builder::new().name("wrun-names".into()).spawn(move || answer_with(ours, &grants, look_up))?;
     Ok(Some(theirs))
 }
 
 /// Answers until the other end is closed, or sends what is no request.
-async fn answer_with<L: Future<Output = Vec<IpAddr>>>(
-    mut socket: UnixStream,
-    grants: Grants,
-    look_up: impl Fn(String) -> L,
-) {
-    let mut came = Vec::with_capacity(LINE_MAX);
+fn answer_with(mut socket: UnixStream, grants: &Grants, look_up: impl Fn(&str) -> Vec<IpAddr>) {
+    let (mut came, mut chunk) = (Vec::with_capacity(LINE_MAX), [0; LINE_MAX]);
     loop {
         let Some(end) = came.iter().position(|byte| *byte == b'\n') else {
-            if came.len() > LINE_MAX || !matches!(socket.read_buf(&mut came).await, Ok(1..)) {
-                return;
+            match socket.read(&mut chunk) {
+                Ok(count @ 1..) if came.len() <= LINE_MAX => came.extend_from_slice(&chunk[..count]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                _ => return,
             }
             continue;
         };
@@ -62,7 +53,7 @@ async fn answer_with<L: Future<Output = Vec<IpAddr>>>(
         let Some((id, name)) = request.and_then(|(id, name)| Some((id.parse::<u64>().ok()?, name))) else { return };
         // the same reading as in the worker, whatever that has made of it
         let addresses = match Target::parse(name) {
-            Some(Target::Name(name)) if grants.allow_lookup(&name) => look_up(name).await,
+            Some(Target::Name(name)) if grants.allow_lookup(&name) => look_up(&name),
             _ => vec![],
         };
         let mut answer = id.to_string();
@@ -71,51 +62,42 @@ async fn answer_with<L: Future<Output = Vec<IpAddr>>>(
             answer += &address.to_string();
         }
         answer += "\n";
-        if socket.write_all(answer.as_bytes()).await.is_err() {
+        if socket.write_all(answer.as_bytes()).is_err() {
             return;
         }
     }
 }
 
 /// The addresses of a name, by the system's own ways: its files, its DNS.
-///
-/// On a thread of its own, which nobody waits for: a runtime would wait at its end for those that it lends.
-async fn look_up(name: String) -> Vec<IpAddr> {
-    let (told, answer) = oneshot::channel();
-    let asked = std::thread::Builder::new().name("wrun-lookup".into()).spawn(move || {
-        let found = (name.as_str(), 0).to_socket_addrs();
-        let mut addresses: Vec<IpAddr> = found.into_iter().flatten().map(|address| address.ip()).collect();
-        addresses.dedup();
-        // nobody may be waiting any more
-        let _ = told.send(addresses);
-    });
-    if asked.is_err() {
-        return vec![];
-    }
-    answer.await.unwrap_or_default()
+fn look_up(name: &str) -> Vec<IpAddr> {
+    let found = (name, 0).to_socket_addrs();
+    let mut addresses: Vec<IpAddr> = found.into_iter().flatten().map(|address| address.ip()).collect();
+    addresses.dedup();
+    addresses
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// What the primary says to these bytes when every name leads to two addresses.
+    /// What the primary says to these bytes, with what a name leads to.
+    fn answers_with(sent: &[u8], look_up: impl Fn(&str) -> Vec<IpAddr> + Send + 'static) -> String {
+        let (mut worker, primary) = UnixStream::pair().expect("sockets");
+        let grants = Grants { tcp: vec!["a.example:1".parse().expect("a grant")], ..Grants::default() };
+        let answering = std::thread::spawn(move || answer_with(primary, &grants, look_up));
+        // one that refuses to go on may do so with bytes unread, which counts for an end
+        let _ = worker.write_all(sent).and_then(|()| worker.shutdown(std::net::Shutdown::Write));
+        let mut came = String::new();
+        let _ = worker.read_to_string(&mut came);
+        answering.join().expect("it does not panic");
+        came
+    }
+
+    /// The same when every name leads to two addresses.
     fn answers(sent: &[u8]) -> String {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        runtime.block_on(async {
-            let (mut worker, primary) = UnixStream::pair().expect("sockets");
-            let grants = Grants { tcp: vec!["a.example:1".parse().expect("a grant")], ..Grants::default() };
-            let answering = tokio::spawn(answer_with(primary, grants, |name| async move {
-                assert_eq!(name, "a.example");
-                vec![IpAddr::from([1, 2, 3, 4]), IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1])]
-            }));
-            worker.write_all(sent).await.expect("it is there");
-            worker.shutdown().await.expect("it is there");
-            let mut came = String::new();
-            // one that refuses to go on may do so with bytes unread, which counts for an end
-            let _ = worker.read_to_string(&mut came).await;
-            answering.await.expect("it does not panic");
-            came
+        answers_with(sent, |name| {
+            assert_eq!(name, "a.example");
+            vec![IpAddr::from([1, 2, 3, 4]), IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1])]
         })
     }
 
@@ -137,17 +119,7 @@ mod tests {
 
     #[test]
     fn so_many_addresses_are_told() {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        let told = runtime.block_on(async {
-            let (mut worker, primary) = UnixStream::pair().expect("sockets");
-            let grants = Grants { tcp: vec!["a.example:1".parse().expect("a grant")], ..Grants::default() };
-            tokio::spawn(answer_with(primary, grants, |_| async { vec![IpAddr::from([1, 2, 3, 4]); 1000] }));
-            worker.write_all(b"1 a.example\n").await.expect("it is there");
-            worker.shutdown().await.expect("it is there");
-            let mut came = String::new();
-            worker.read_to_string(&mut came).await.expect("an answer");
-            came
-        });
+        let told = answers_with(b"1 a.example\n", |_| vec![IpAddr::from([1, 2, 3, 4]); 1000]);
         assert_eq!(told.matches("1.2.3.4").count(), ADDRESSES_MAX);
     }
 }

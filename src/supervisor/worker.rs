@@ -115,14 +115,14 @@ impl Worker {
                 let message = String::from_utf8_lossy(frame.body).into_owned();
                 events(Event::Error { worker: Some(worker), message });
             }
-            Kind::Denied => match serde_json::from_slice::<Denied>(frame.body) {
+            Kind::Denied => match Denied::read(frame.body) {
                 // one that keeps to the rules says no more
-                Ok(_) if *refusals >= REFUSALS_MAX => {}
-                Ok(Denied { grant, reason }) => {
+                Some(_) if *refusals >= REFUSALS_MAX => {}
+                Some(Denied { grant, reason }) => {
                     *refusals += 1;
                     events(Event::Denied { worker, grant, reason });
                 }
-                Err(error) => broken = Some(format!("it sent a broken refusal: {error}")),
+                None => broken = Some("it sent what is no refusal".into()),
             },
             Kind::Hello | Kind::Task | Kind::Drain | Kind::Open => {
                 broken = Some(format!("it sent {:?}, which only a primary may", frame.kind));

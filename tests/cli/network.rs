@@ -526,6 +526,23 @@ fn an_instance_has_so_many_sockets() {
 }
 
 #[test]
+fn requests_that_are_forgotten_cost_nothing() {
+    // together they are more than a jailed process has
+    let (header, times) = (format!("x={}", "x".repeat(20_000)), "30000");
+    let (granted, forbidden) = (http(), Forbidden::at("127.0.0.1:0"));
+    let fetch = |grants: &[&str], to: &SocketAddr| {
+        let url = format!("http://{to}/");
+        run("jail", FETCH, grants).args(["--header", &header, "--forget", times, &url]).run()
+    };
+    // nor do they leave anything behind that counts for what a guest holds
+    let to = forbidden.address();
+    let refused = refused(&format!("send requests to {to}"), &format!("--http {to}"));
+    fetch(&[], &to).said(1, "", &[refused, HTTP_DENIED.into()]);
+    forbidden.was_left_alone();
+    fetch(&["--http", &granted.to_string()], &granted).code(0).stderr("").stdout("200 hello\n");
+}
+
+#[test]
 fn each_refusal_is_told_once_and_not_without_end() {
     for way in WAYS {
         let twice = ["connect", "127.0.0.1:7", "connect", "127.0.0.1:7"];

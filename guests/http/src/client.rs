@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use wasip2::http::outgoing_handler;
 use wasip2::http::types::{
-    ErrorCode, Fields, IncomingBody, Method, OutgoingBody, OutgoingRequest, RequestOptions, Scheme,
+    ErrorCode, Fields, FutureIncomingResponse, IncomingBody, Method, OutgoingBody, OutgoingRequest, RequestOptions,
+    Scheme,
 };
 use wasip2::io::streams::StreamError;
 
@@ -44,6 +45,34 @@ pub struct Response {
 ///
 /// When the URL has no scheme, or the host does not keep to the order of things.
 pub fn send(request: &Request) -> Result<Response, String> {
+    let (body, answer) = begin(request)?;
+    write(body, request.body.as_deref().unwrap_or_default())?;
+    answer.subscribe().block();
+    let response = answer.get().expect("it is there").expect("the first time").map_err(|code| in_words(&code))?;
+    let location = response.headers().get("location").into_iter().next();
+    let incoming = response.consume().expect("the first time");
+    Ok(Response {
+        status: response.status(),
+        location: location.map(|location| String::from_utf8_lossy(&location).into_owned()),
+        body: read(&incoming)?,
+    })
+}
+
+/// Sends a request and waits for nothing.
+///
+/// # Errors
+///
+/// As [`send`].
+///
+/// # Panics
+///
+/// As [`send`].
+pub fn send_and_forget(request: &Request) -> Result<(), String> {
+    begin(request).map(drop)
+}
+
+/// Hands a request over.
+fn begin(request: &Request) -> Result<(OutgoingBody, FutureIncomingResponse), String> {
     let (scheme, rest) = request.url.split_once("://").expect("a scheme");
     let (authority, path) = rest.find('/').map_or((rest, "/"), |at| rest.split_at(at));
     let fields = Fields::new();
@@ -70,16 +99,7 @@ pub fn send(request: &Request) -> Result<Response, String> {
     }
     let body = outgoing.body().expect("the first time");
     let answer = outgoing_handler::handle(outgoing, Some(options)).map_err(|code| in_words(&code))?;
-    write(body, request.body.as_deref().unwrap_or_default())?;
-    answer.subscribe().block();
-    let response = answer.get().expect("it is there").expect("the first time").map_err(|code| in_words(&code))?;
-    let location = response.headers().get("location").into_iter().next();
-    let incoming = response.consume().expect("the first time");
-    Ok(Response {
-        status: response.status(),
-        location: location.map(|location| String::from_utf8_lossy(&location).into_owned()),
-        body: read(&incoming)?,
-    })
+    Ok((body, answer))
 }
 
 fn write(body: OutgoingBody, bytes: &[u8]) -> Result<(), String> {

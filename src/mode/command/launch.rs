@@ -267,7 +267,7 @@ impl Notes {
             }
             Kind::Denied if self.refusals < REFUSALS_MAX => {
                 self.refusals += 1;
-                let denied = serde_json::from_slice(frame.body).ok()?;
+                let denied = Denied::read(frame.body)?;
                 self.on_denied.tell(&denied);
                 return Some(denied);
             }

@@ -138,8 +138,6 @@ impl Run {
             let engine = spec.engine().map_err(|error| Error::Usage(format!("{error:#}")))?;
             let sandbox = Mapped::of(engine, &code)?.link(&code.inspection, Shape::Command)?;
             let (args, identity) = (settings.argv(), settings.identity(false));
-            // who looks names up is a task of this runtime
-            let _inside = runtime.enter();
             let names = names::answer(&settings.grants).map_err(Error::io("make a socket"))?;
             let hear = move |denied| settings.on_denied.tell(&denied);
             let network = Network::prepare(&settings.grants, names, &Roots::of_environment(), hear);

@@ -159,18 +159,25 @@ struct Names(tokio::sync::Mutex<Line>);
 struct Line {
     socket: Result<UnixStream, Option<StdStream>>,
     asked: u64,
+    answered: u64,
     unsent: Vec<u8>,
     came: Vec<u8>,
 }
 
 impl Names {
     fn new(socket: StdStream) -> Self {
-        Self(tokio::sync::Mutex::new(Line { socket: Err(Some(socket)), asked: 0, unsent: vec![], came: vec![] }))
+        Self(tokio::sync::Mutex::new(Line {
+            socket: Err(Some(socket)),
+            asked: 0,
+            answered: 0,
+            unsent: vec![],
+            came: vec![],
+        }))
     }
 
     async fn ask(&self, name: &str) -> io::Result<Vec<IpAddr>> {
         let mut line = self.0.lock().await;
-        let Line { socket, asked, unsent, came } = &mut *line;
+        let Line { socket, asked, answered, unsent, came } = &mut *line;
         if let Err(bare) = socket {
             let bare = bare.take().ok_or(io::ErrorKind::NotConnected)?;
             bare.set_nonblocking(true)?;
@@ -178,28 +185,42 @@ impl Names {
             *socket = Ok(UnixStream::from_std(bare)?);
         }
         let Ok(socket) = socket else { return Err(io::ErrorKind::NotConnected.into()) };
+        // what those have left who did not wait, first: never more than one line is unsent, or unanswered
+        write_all(socket, unsent).await?;
+        while *answered < *asked {
+            read_answer(socket, came, answered).await?;
+        }
         *asked += 1;
         unsent.extend_from_slice(format!("{asked} {name}\n").as_bytes());
-        while !unsent.is_empty() {
-            socket.writable().await?;
-            match socket.try_write(unsent) {
-                Ok(count) => drop(unsent.drain(..count)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error),
-            }
+        write_all(socket, unsent).await?;
+        read_answer(socket, came, answered).await
+    }
+}
+
+async fn write_all(socket: &UnixStream, unsent: &mut Vec<u8>) -> io::Result<()> {
+    while !unsent.is_empty() {
+        socket.writable().await?;
+        match socket.try_write(unsent) {
+            Ok(count) => drop(unsent.drain(..count)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
         }
-        loop {
-            while let Some(end) = came.iter().position(|byte| *byte == b'\n') {
-                let answer: Vec<u8> = came.drain(..=end).collect();
-                let answer = String::from_utf8_lossy(&answer);
-                let mut fields = answer.split_ascii_whitespace();
-                if fields.next().and_then(|id| id.parse().ok()) == Some(*asked) {
-                    return Ok(fields.filter_map(|field| field.parse().ok()).collect());
-                }
-            }
-            if socket.read_buf(came).await? == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
+    }
+    Ok(())
+}
+
+/// The next answer, and whose it is.
+async fn read_answer(socket: &mut UnixStream, came: &mut Vec<u8>, answered: &mut u64) -> io::Result<Vec<IpAddr>> {
+    loop {
+        if let Some(end) = came.iter().position(|byte| *byte == b'\n') {
+            let answer: Vec<u8> = came.drain(..=end).collect();
+            let answer = String::from_utf8_lossy(&answer);
+            let mut fields = answer.split_ascii_whitespace();
+            *answered = fields.next().and_then(|id| id.parse().ok()).unwrap_or(*answered);
+            return Ok(fields.filter_map(|field| field.parse().ok()).collect());
+        }
+        if socket.read_buf(came).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
         }
     }
 }

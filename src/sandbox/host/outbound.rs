@@ -18,7 +18,7 @@ use hyper::{
     body::{Body, Frame, Incoming, SizeHint},
     client::conn::http1,
     header::{CONNECTION, HOST, HeaderValue},
-    http::uri::{Authority, Scheme},
+    http::uri::{Authority, PathAndQuery, Scheme},
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -32,9 +32,15 @@ use wasmtime::{
 };
 use wasmtime_wasi::WasiView;
 use wasmtime_wasi_http::{
-    Error, RequestOptions, WasiBody, WasiHttpHooks,
+    Error, RequestOptions, WasiBody, WasiHttpHooks, WasiHttpView,
     io::TokioIo,
-    p2::bindings::http::types::{ErrorCode, IoError},
+    p2::{
+        bindings::http::{
+            outgoing_handler::Host as _,
+            types::{ErrorCode, IoError, RequestOptions as WasiRequestOptions},
+        },
+        types::HostOutgoingRequest,
+    },
 };
 
 use super::{Network, SOCKETS_MAX};
@@ -64,6 +70,18 @@ impl Outbound {
     }
 }
 
+impl Outbound {
+    /// Where a request goes to, and a place for it, when it may be made.
+    fn admit(&self, request: &Request<WasiBody>) -> Result<(Destination, OwnedSemaphorePermit), Error> {
+        let destination = Destination::of(request.method(), request.uri())?;
+        if !self.network.check_http(&destination.target, destination.https, destination.port) {
+            return Err(Error::HttpRequestDenied);
+        }
+        let permit = self.connections.clone().try_acquire_owned().map_err(|_| Error::ConnectionLimitReached)?;
+        Ok((destination, permit))
+    }
+}
+
 /// What is left to do for a response while its body is read.
 type Rest = Box<dyn Future<Output = Result<(), Error>> + Send>;
 
@@ -76,15 +94,16 @@ impl WasiHttpHooks for Outbound {
         options: Option<RequestOptions>,
         _: Box<dyn Future<Output = Result<(), Error>> + Send>,
     ) -> Box<dyn Future<Output = Sent> + Send> {
-        let (network, connections) = (self.network.clone(), self.connections.clone());
-        Box::new(async move {
-            let destination = Destination::of(request.method(), request.uri())?;
-            if !network.check_http(&destination.target, destination.https, destination.port) {
-                return Err(Error::HttpRequestDenied);
+        // Now, and not when somebody polls: what is refused is not kept until then.
+        match self.admit(&request) {
+            Err(error) => Box::new(std::future::ready(Err(error))),
+            Ok((destination, permit)) => {
+                let network = self.network.clone();
+                let sent =
+                    async move { send(&network, destination, request, options.unwrap_or_default(), permit).await };
+                Box::new(sent)
             }
-            let permit = connections.try_acquire_owned().map_err(|_| Error::ConnectionLimitReached)?;
-            send(&network, destination, request, options.unwrap_or_default(), permit).await
-        })
+        }
     }
 
     fn p2_outgoing_body_chunk_size(&mut self) -> usize {
@@ -92,8 +111,9 @@ impl WasiHttpHooks for Outbound {
     }
 }
 
-/// Takes the place of the function that names the code of an error within a body: the engine's own knows no codes but
-/// those that are its guest's.
+/// Takes the place of two functions. That which names the code of an error within a body: the engine's own knows no codes
+/// but those that are its guest's. And that which sends a request: each is a task, which goes when the thread is given way,
+/// be it that its guest has dropped it long ago; so each gives way.
 pub(in crate::sandbox) fn link(linker: &mut Linker<State>) -> wasmtime::Result<()> {
     linker.allow_shadowing(true);
     // of the version that is linked: both come from the same crate
@@ -102,6 +122,27 @@ pub(in crate::sandbox) fn link(linker: &mut Linker<State>) -> wasmtime::Result<(
         let error = store.data_mut().ctx().table.get(&error)?;
         Ok((error.downcast_ref::<ErrorCode>().cloned().or_else(|| error.downcast_ref().and_then(code_of_body)),))
     })?;
+    let mut handler = linker.instance("wasi:http/outgoing-handler@0.2.12")?;
+    handler.func_wrap_async(
+        "handle",
+        |mut store: StoreContextMut<'_, State>,
+         (request, options): (Resource<HostOutgoingRequest>, Option<Resource<WasiRequestOptions>>)| {
+            Box::new(async move {
+                tokio::task::yield_now().await;
+                let number = options.as_ref().map(Resource::rep);
+                let sent = store.data_mut().http().handle(request, options);
+                // the engine leaves them in the table, which a guest that lives long would fill with them
+                if let Some(number) = number {
+                    let options = Resource::<WasiRequestOptions>::new_own(number);
+                    store.data_mut().ctx().table.delete(options)?;
+                }
+                Ok((match sent {
+                    Ok(response) => Ok(response),
+                    Err(error) => Err(error.downcast()?),
+                },))
+            })
+        },
+    )?;
     linker.allow_shadowing(false);
     Ok(())
 }
@@ -199,9 +240,9 @@ async fn send(
     options: RequestOptions,
     permit: OwnedSemaphorePermit,
 ) -> Sent {
-    let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
+    let path = request.uri().path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
     // what is not for a proxy has no more than the path in it
-    *request.uri_mut() = path.parse().map_err(|_| Error::HttpRequestUriInvalid)?;
+    *request.uri_mut() = path.into();
     let host = HeaderValue::try_from(destination.host_header()).map_err(|_| Error::HttpRequestUriInvalid)?;
     request.headers_mut().insert(HOST, host);
     request.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
@@ -245,7 +286,11 @@ async fn exchange<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     };
     let response = response.map_err(|_| Error::ConnectionReadTimeout)?.map_err(|error| code_of(&error))?;
     let between = options.between_bytes_timeout.unwrap_or(PATIENCE);
-    let body = |incoming| TimedBody { incoming, between, silent: Box::pin(sleep(between)) };
+    // its place is taken as long as there is a connection, or something of it that nobody has read
+    let permit = Arc::new(permit);
+    let theirs = permit.clone();
+    let body =
+        |incoming| TimedBody { incoming, between, silent: Box::pin(sleep(between)), waits: true, _permit: theirs };
     let rest = async move {
         // how that ends is seen in the body
         if let Some(connection) = connection {
@@ -262,6 +307,9 @@ struct TimedBody {
     incoming: Incoming,
     between: Duration,
     silent: Pin<Box<Sleep>>,
+    /// Whether somebody waits, and the clock runs.
+    waits: bool,
+    _permit: Arc<OwnedSemaphorePermit>,
 }
 
 impl Body for TimedBody {
@@ -271,11 +319,14 @@ impl Body for TimedBody {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
         match Pin::new(&mut self.incoming).poll_frame(cx) {
             Poll::Ready(frame) => {
-                let until = Instant::now() + self.between;
-                self.silent.as_mut().reset(until);
+                self.waits = false;
                 Poll::Ready(frame.map(|frame| frame.map_err(|error| code_of(&error))))
             }
             Poll::Pending => {
+                if !std::mem::replace(&mut self.waits, true) {
+                    let until = Instant::now() + self.between;
+                    self.silent.as_mut().reset(until);
+                }
                 ready!(self.silent.as_mut().poll(cx));
                 Poll::Ready(Some(Err(Error::ConnectionReadTimeout)))
             }

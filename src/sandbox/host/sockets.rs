@@ -72,16 +72,20 @@ pub(in crate::sandbox) fn link(linker: &mut Linker<State>) -> wasmtime::Result<(
         table(store.data_mut()).delete(Resource::<Lookup>::new_own(rep))?;
         Ok(())
     })?;
-    names.func_wrap(
+    names.func_wrap_async(
         "resolve-addresses",
         |mut store: StoreContextMut<'_, State>, (handle, name): (Resource<NetworkHandle>, String)| {
-            let state = store.data_mut();
-            table(state).get(&handle)?;
-            let network = state.network().clone();
-            Ok((match Lookup::begin(&network, &name) {
-                Ok(lookup) => Ok(table(state).push(lookup)?),
-                Err(code) => Err(code),
-            },))
+            Box::new(async move {
+                // each is a task, which goes when the thread is given way, be it that its guest has dropped it long ago
+                tokio::task::yield_now().await;
+                let state = store.data_mut();
+                table(state).get(&handle)?;
+                let network = state.network().clone();
+                Ok((match Lookup::begin(&network, &name) {
+                    Ok(lookup) => Ok(table(state).push(lookup)?),
+                    Err(code) => Err(code),
+                },))
+            })
         },
     )?;
     names.func_wrap(

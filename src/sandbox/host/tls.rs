@@ -22,7 +22,7 @@ pub(crate) struct Roots {
 impl Roots {
     /// What this process was told; its children have no environment.
     pub(crate) fn of_environment() -> Self {
-        let path = |name| std::env::var(name).ok().map(PathBuf::from);
+        let path = |name| std::env::var_os(name).map(PathBuf::from);
         Self { file: path("SSL_CERT_FILE"), dir: path("SSL_CERT_DIR") }
     }
 }
