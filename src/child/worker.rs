@@ -80,8 +80,8 @@ const MESSAGE_COPIES: u64 = 8;
 /// What a connection takes beside the head of its request.
 const CONNECTION_DATA: Bytes = Bytes::kib(64);
 
-/// What an outgoing connection takes: buffers of both sides, and TLS.
-const OUTGOING_DATA: Bytes = Bytes::kib(192);
+/// What an outgoing connection takes: three chunks of a body, buffers of both sides, and TLS.
+const OUTGOING_DATA: Bytes = Bytes::mib(1);
 
 /// What is read before there is a guest that sends requests: the certificates of those who vouch for servers.
 const ROOTS_DATA: Bytes = Bytes::mib(16);
