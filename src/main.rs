@@ -3,7 +3,14 @@
 mod cli;
 mod report;
 
-use std::{fs, io, path::PathBuf, process::ExitCode, sync::mpsc, thread, time::Duration};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::mpsc,
+    thread,
+    time::Duration,
+};
 
 use clap::Parser;
 use wrun::{
@@ -98,23 +105,27 @@ impl OutcomeReport {
 }
 
 fn spawn(args: SpawnArgs, printer: Printer) -> Result<u8, Error> {
-    let guest = args.child.guest.clone();
-    let form = if args.json { Form::Json } else { Form::Raw };
-    let mut command = args.command()?;
-    let outcome = foreground::spawn(command.on_denied(move |denied| printer.denied(denied)), form)?;
-    if form == Form::Raw {
-        printer.outcome(&guest, &outcome);
-    }
-    Ok(outcome.end.exit_code())
+    let (guest, json) = (args.child.guest.clone(), args.json);
+    in_foreground(foreground::spawn, &guest, args.command()?, json, printer)
 }
 
 fn exec(args: ExecArgs, printer: Printer) -> Result<u8, Error> {
-    let guest = args.child.guest.clone();
-    let form = if args.json { Form::Json } else { Form::Raw };
-    let mut command = args.command()?;
-    let outcome = foreground::exec(command.on_denied(move |denied| printer.denied(denied)), form)?;
+    let (guest, json) = (args.child.guest.clone(), args.json);
+    in_foreground(foreground::exec, &guest, args.command()?, json, printer)
+}
+
+/// Runs a child to its end, and says how it ended unless that is in the JSON.
+fn in_foreground(
+    run: fn(&mut wrun::Command, Form) -> Result<Outcome, Error>,
+    guest: &Path,
+    mut command: wrun::Command,
+    json: bool,
+    printer: Printer,
+) -> Result<u8, Error> {
+    let form = if json { Form::Json } else { Form::Raw };
+    let outcome = run(command.on_denied(move |denied| printer.denied(denied)), form)?;
     if form == Form::Raw {
-        printer.outcome(&guest, &outcome);
+        printer.outcome(guest, &outcome);
     }
     Ok(outcome.end.exit_code())
 }

@@ -34,7 +34,7 @@ const WAITING_MAX: usize = 8 << 20;
 /// Bytes of a handler's answers that may wait to be written before it gets its next message.
 const ANSWERS_MAX: usize = 4 << 20;
 
-/// How many of them are written before the guest gets its next message.
+/// Bytes of either that are worth a write of their own.
 const BATCH: usize = 64 << 10;
 
 /// Adds a message to what is written to the primary, if there is room.
@@ -158,30 +158,16 @@ impl Inbox {
             if let Some(received) = self.take() {
                 return received;
             }
-            let read = rustix::net::recv(
-                &self.socket,
-                rustix::buffer::spare_capacity(self.incoming.space()),
-                RecvFlags::DONTWAIT,
-            );
-            match read {
-                // the primary is gone, and with it all that this process is for
-                Ok((_, 0)) => std::process::exit(125),
-                Ok(_) | Err(Errno::INTR) => continue,
-                Err(Errno::AGAIN) => {}
-                Err(_) => std::process::exit(125),
-            }
             // both directions may be full: whoever waits for one of them alone may wait for ever
             let all_written = self.out.flush().unwrap_or(true);
-            if all_written && until.is_none() {
-                // a wake-up by a plain read is cheaper than one by a poll, and often on the core that the primary has left
-                match rustix::net::recv(
-                    &self.socket,
-                    rustix::buffer::spare_capacity(self.incoming.space()),
-                    RecvFlags::empty(),
-                ) {
-                    Ok((_, 1..)) | Err(Errno::INTR) => continue,
-                    _ => std::process::exit(125),
-                }
+            // a wake-up by a plain read is cheaper than one by a poll, and often on the core that the primary has left
+            let may_wait = all_written && until.is_none();
+            let flags = if may_wait { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
+            match rustix::net::recv(&self.socket, rustix::buffer::spare_capacity(self.incoming.space()), flags) {
+                Ok((_, 1..)) | Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) => {}
+                // the primary is gone, and with it all that this process is for
+                _ => std::process::exit(125),
             }
             let left = until.map(|until| until.saturating_duration_since(Instant::now()));
             if left == Some(Duration::ZERO) {

@@ -212,20 +212,14 @@ impl SpawnArgs {
             return Err(Error::Usage(TAKEN.into()));
         }
         command.stdin(stdin.input()?);
-        for (stream, is_stdout) in [(self.stdio.stdout, true), (self.stdio.stderr, false)] {
-            let stream = match stream {
-                // standard output has the events
-                None | Some(Stream::Inherit) if self.json => Stream::Pipe,
-                None => Stream::Inherit,
-                Some(stream) => stream,
-            };
-            let stream = stream.output()?;
-            if is_stdout {
-                command.stdout(stream)
-            } else {
-                command.stderr(stream)
-            };
-        }
+        let json = self.json;
+        let output = |stream: Option<Stream>| match stream {
+            // standard output has the events
+            None | Some(Stream::Inherit) if json => Stream::Pipe.output(),
+            None => Stream::Inherit.output(),
+            Some(stream) => stream.output(),
+        };
+        command.stdout(output(self.stdio.stdout)?).stderr(output(self.stdio.stderr)?);
         Ok(command)
     }
 }
@@ -264,25 +258,18 @@ impl ForkArgs {
             }
             Some(stream) => _ = command.stdin(stream.input()?),
         }
-        for (stream, is_stdout) in [(self.stdio.stdout, true), (self.stdio.stderr, false)] {
-            let stream = match stream {
-                Some(Stream::Pipe) => {
-                    return Err(Error::Usage(
-                        "expected `inherit`, `null` or a file: standard output has the messages".into(),
-                    ));
-                }
-                None | Some(Stream::Inherit) => {
-                    let stderr = std::os::fd::AsFd::as_fd(&std::io::stderr()).try_clone_to_owned();
-                    stderr.map_err(|source| Error::Io { what: "share standard error", source })?.into()
-                }
-                Some(stream) => stream.output()?,
-            };
-            if is_stdout {
-                command.stdout(stream)
-            } else {
-                command.stderr(stream)
-            };
-        }
+        let output = |stream: Option<Stream>| match stream {
+            Some(Stream::Pipe) => {
+                let expected = "expected `inherit`, `null` or a file: standard output has the messages";
+                Err(Error::Usage(expected.into()))
+            }
+            None | Some(Stream::Inherit) => {
+                let stderr = std::os::fd::AsFd::as_fd(&std::io::stderr()).try_clone_to_owned();
+                Ok(stderr.map_err(|source| Error::Io { what: "share standard error", source })?.into())
+            }
+            Some(stream) => stream.output(),
+        };
+        command.stdout(output(self.stdio.stdout)?).stderr(output(self.stdio.stderr)?);
         Ok(command)
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! The engine is the first wall. Should a guest get through that, it is native code in a process that can reach nothing
 //! and spend little: it has no descriptor that it was not given, sees no file outside of the folders granted to its
-//! guest, connects to no port but those, and makes no system call that a worker does not need. Everything here holds for a process and what it starts,
-//! and nothing of it can be taken back.
+//! guest, connects to no port but those, and makes no system call that a worker does not need. Everything here holds for a
+//! process and what it starts, and nothing of it can be taken back.
 
 use std::{io, time::Duration};
 

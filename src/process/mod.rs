@@ -46,7 +46,7 @@ use self::{
     pidfd::Pidfd,
     wire::{Frame, Incoming, Kind, Outgoing, VERSION, WireError},
 };
-use crate::{Error, outcome::End, signal::Signal};
+use crate::{Error, limits::Bytes, outcome::End, signal::Signal};
 
 /// The name under which children run.
 const ARG0: &str = "wrun-worker";
@@ -111,6 +111,14 @@ impl Program {
     pub(crate) fn is_prepared(&self) -> bool {
         matches!(self, Self::At(_)) || INITIALISED.get().is_some()
     }
+}
+
+/// What a frame may have beyond the longest message: outcomes with their backtraces, lines, access records.
+const FRAME_SLACK: u32 = 256 << 10;
+
+/// The longest body of a frame from a child whose messages have at most so many bytes.
+pub(crate) fn body_max(message_max: Bytes) -> u32 {
+    u32::try_from(message_max.0).unwrap_or(u32::MAX).saturating_add(FRAME_SLACK)
 }
 
 /// What runs on the thread that asks for it.

@@ -155,6 +155,7 @@ fn guests_without_a_mailbox_are_told_apart() {
     wrun(["fork", HELLO_HTTP]).run().code(126).stderr_has("found an http guest").stderr_has("use `wrun cluster`");
     // a command that does not look at its messages just runs
     wrun(["fork", HELLO]).stdin("1\n").run().code(0).stdout("").stderr("Hello, world!\n");
+    wrun(["fork", "--data", "{", ECHO]).run().code(2).stderr_has("expected JSON for `--data`, but it is not JSON");
     wrun(["fork", "-"]).stdin("1\n").run().code(2).stderr_has("expected a file for the guest");
     wrun(["fork", "--stdin", "inherit", ECHO]).run().code(2).stderr_has("standard input has the messages");
     wrun(["fork", "--stdout", "pipe", ECHO]).run().code(2).stderr_has("standard output has the messages");

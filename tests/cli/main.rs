@@ -12,6 +12,7 @@ mod client;
 mod cluster;
 mod compile;
 mod contract;
+mod finished;
 mod fork;
 mod grants;
 mod guests;

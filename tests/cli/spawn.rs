@@ -14,7 +14,7 @@ use crate::{
     wrun::{Folder, Running, wrun},
 };
 
-/// The events of a run with `--json`.
+/// Events, one a line.
 pub(crate) fn events(text: &str) -> Vec<Value> {
     let parse = |line: &str| serde_json::from_str::<Value>(line).unwrap_or_else(|error| panic!("{line}: {error}"));
     text.lines().map(parse).collect()

@@ -21,7 +21,7 @@ pub(super) fn event(running: &mut Running, name: &str) -> Value {
 
 /// All events of a run, in order.
 pub(super) fn events(finished: &Finished) -> Vec<Value> {
-    finished.stderr_text().lines().map(|line| serde_json::from_str(line).expect(line)).collect()
+    crate::spawn::events(&finished.stderr_text())
 }
 
 /// The processes that a process has started and that are there.

@@ -25,7 +25,7 @@ use crate::{
     grant::Grants,
     limits::{Bytes, CompileLimits, HttpLimits, Limits},
     message::Message,
-    process::{Isolation, Process, Program, Role, names, runtime},
+    process::{Isolation, Process, Program, Role, body_max, names, runtime},
     sandbox::{Cache, EngineSpec, Form, Guest, Identity, LoadError, Pool as EnginePool, Roots, Shape},
     supervisor::{EventSink, Launch, Policy, Restart, Supervisor, Watch},
 };
@@ -41,9 +41,6 @@ const BACKSTOP: Duration = Duration::from_secs(5);
 
 /// The most memory of one instance: what a 32-bit guest can address.
 const MEMORY_MAX: Bytes = Bytes::mib(4096);
-
-/// What a frame may have beyond the longest message: outcomes with their backtraces, lines, access records.
-const FRAME_SLACK: u32 = 256 << 10;
 
 /// How many requests a worker handles at once by default: they wait more than they compute.
 const HTTP_CONCURRENCY: u32 = 64;
@@ -538,7 +535,7 @@ impl Builder {
             listen,
             jail,
         };
-        let body_max = u32::try_from(self.limits.message_max.0).unwrap_or(u32::MAX).saturating_add(FRAME_SLACK);
+        let body_max = body_max(self.limits.message_max);
         let program = self.compiler.program.clone();
         Ok(Box::new(move |worker, generation| {
             (config.identity.id, config.identity.generation) = (worker, generation);

@@ -66,7 +66,7 @@ fn as_data<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error
 }
 
 /// Our ends of a guest's pipes.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Ends {
     pub(super) stdin: Option<ChildStdin>,
     pub(super) stdout: Option<ChildOutput>,
@@ -145,7 +145,8 @@ impl Child {
     }
 
     /// Waits until it has ended, and collects what it writes to its pipes, at most [`OUTPUT_MAX`](super::OUTPUT_MAX) of
-    /// each. Its standard input is closed first, when that is a pipe that is still here. A guest that writes more is ended; what was collected is kept.
+    /// each. Its standard input is closed first, when that is a pipe that is still here. A guest that writes more is ended;
+    /// what was collected is kept.
     ///
     /// Not cancel-safe: what was collected is lost, and the guest with it.
     ///

@@ -42,7 +42,7 @@ const CHUNK: usize = 64 << 10;
 pub enum Form {
     /// It goes on to this process's own streams, byte for byte.
     Raw,
-    /// It becomes events, which go to standard output as JSON lines.
+    /// It becomes JSON, which goes to standard output: events as lines, or all of it as one.
     Json,
 }
 
@@ -103,23 +103,16 @@ pub fn spawn(command: &mut Command, form: Form) -> Result<Outcome, Error> {
             out.written().await;
             err.written().await;
         };
-        let obey = async {
-            loop {
-                let next = stop.next(&mut signals).await;
-                if ended.borrow().is_some() {
-                    // nobody waits for a reader that is slower than the guest
-                    return;
-                }
-                told.set(true);
-                match next {
-                    Next::Finish => {
-                        tell(&Event::Disconnect { worker: 1 });
-                        finish.notify_one();
-                    }
-                    Next::Signal(signal) => _ = signaller.send(signal),
-                }
-            }
-        };
+        let obey = stop.obey(
+            &mut signals,
+            &signaller,
+            &told,
+            || ended.borrow().is_some(),
+            || {
+                tell(&Event::Disconnect { worker: 1 });
+                finish.notify_one();
+            },
+        );
         tokio::select! {
             () = work => {}
             () = obey => {}
@@ -164,19 +157,8 @@ pub fn exec(command: &mut Command, form: Form) -> Result<Outcome, Error> {
             out.written().await;
             err.written().await;
         };
-        let obey = async {
-            loop {
-                let next = stop.next(&mut signals).await;
-                if ended.borrow().is_some() {
-                    return;
-                }
-                told.set(true);
-                // of its own it has nothing that could be closed
-                if let Next::Signal(signal) = next {
-                    signaller.send(signal);
-                }
-            }
-        };
+        // of its own it has nothing that could be closed
+        let obey = stop.obey(&mut signals, &signaller, &told, || ended.borrow().is_some(), || {});
         tokio::select! {
             () = work => {}
             () = obey => {}
@@ -396,6 +378,28 @@ struct Stop {
 impl Stop {
     fn new(command: &Command) -> Self {
         Self { grace: command.grace, kill_signal: command.kill_signal, is_told: false, due: None }
+    }
+
+    /// Does as the signals say, until one comes after the guest has ended: nobody waits then for a reader that is slower.
+    async fn obey(
+        &mut self,
+        signals: &mut Signals,
+        signaller: &Signaller,
+        told: &Cell<bool>,
+        has_ended: impl Fn() -> bool,
+        finish: impl Fn(),
+    ) {
+        loop {
+            let next = self.next(signals).await;
+            if has_ended() {
+                return;
+            }
+            told.set(true);
+            match next {
+                Next::Finish => finish(),
+                Next::Signal(signal) => _ = signaller.send(signal),
+            }
+        }
     }
 
     /// Waits until there is something to be done. Cancel-safe.

@@ -136,6 +136,11 @@ impl State {
         }
     }
 
+    /// Whether so much has come that no more is read.
+    fn is_full(&self) -> bool {
+        self.incoming_bytes > WAITING_MAX + if self.disconnected { LAST_WORDS } else { 0 }
+    }
+
     fn is_closed(&self) -> bool {
         self.disconnected || self.ended.is_some()
     }
@@ -281,9 +286,9 @@ impl Fork {
         let state = &mut *self.shared.state();
         match state.incoming.pop_front() {
             Some(message) => {
-                let was_full = state.incoming_bytes > WAITING_MAX;
+                let was_full = state.is_full();
                 state.incoming_bytes -= message.as_str().len() + MESSAGE_COST;
-                if was_full && state.incoming_bytes <= WAITING_MAX {
+                if was_full && !state.is_full() {
                     state.wake_driver();
                 }
                 Poll::Ready(Some(message))
@@ -471,7 +476,7 @@ impl Driver {
             process.send(Kind::Drain, 0, b"");
             let _ = self.shared.events.send(Event::Disconnect { worker: 1 });
         }
-        state.incoming_bytes > WAITING_MAX + if state.disconnected { LAST_WORDS } else { 0 }
+        state.is_full()
     }
 }
 

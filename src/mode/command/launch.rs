@@ -16,7 +16,7 @@ use crate::{
     message::Message,
     outcome::{End, LimitKind, Outcome, Stage, Usage},
     process::{
-        Clock, Isolation, Process, Program, Role, names,
+        Clock, Isolation, Process, Program, Role, body_max, names,
         wire::{Frame, Kind},
     },
     sandbox::{Cache, Code, Cwd, EngineSpec, Guest, Identity, LoadError, Roots, name_of, open_file},
@@ -25,9 +25,6 @@ use crate::{
 
 /// How much later than our clock the kernel's is.
 const BACKSTOP: Duration = Duration::from_secs(2);
-
-/// What a frame may have beside a message.
-const FRAME_SLACK: u32 = 64 << 10;
 
 /// A guest, and what it gets and may.
 #[derive(Debug, Clone)]
@@ -162,9 +159,7 @@ impl Settings {
             mailbox: extra.mailbox,
             jail,
         };
-        let message_max = u32::try_from(self.limits.message_max.0).unwrap_or(u32::MAX);
-        // how it ended comes with a backtrace
-        let body_max = message_max.saturating_add(FRAME_SLACK).max(1 << 20);
+        let body_max = body_max(self.limits.message_max);
         let [stdin, stdout, stderr] = streams;
         let names = names::answer(&self.grants).map_err(Error::io("make a socket"))?;
         let fds: Vec<_> =
@@ -300,9 +295,6 @@ impl Worker {
                 return outcome;
             }
             self.kill(signal);
-            if signal == Signal::KILL {
-                break;
-            }
         }
         self.wait().await
     }

@@ -56,7 +56,7 @@ use std::{
 use rustix::fs::{Mode, OFlags};
 
 pub use self::{
-    blocking::{BlockingChild, BlockingFork},
+    blocking::{BlockingChild, BlockingFork, TimedOut},
     child::{Child, ChildOutput, ChildStdin, Output},
     fork::{Fork, SendError},
     run::Run,
@@ -327,9 +327,7 @@ impl Command {
     /// # Errors
     /// When the guest cannot be loaded, or its process cannot be started.
     pub async fn spawn(&mut self) -> Result<Child, Error> {
-        let code = self.load().await?;
-        let (worker, pipes) = self.start(&code, Mailbox::None, [Kind::Inherit, Kind::Inherit, Kind::Inherit])?;
-        Ok(Child::new(worker, Ends::of(pipes)?, self.kill_signal, self.grace))
+        self.spawn_with([Kind::Inherit, Kind::Inherit, Kind::Inherit]).await
     }
 
     /// Runs the guest to its end, and collects what it prints.
@@ -342,8 +340,12 @@ impl Command {
 
     /// As [`Command::spawn`], with the streams of [`Command::output`].
     async fn spawn_for_output(&mut self) -> Result<Child, Error> {
+        self.spawn_with([Kind::Null, Kind::Piped, Kind::Piped]).await
+    }
+
+    async fn spawn_with(&mut self, defaults: [Kind; 3]) -> Result<Child, Error> {
         let code = self.load().await?;
-        let (worker, pipes) = self.start(&code, Mailbox::None, [Kind::Null, Kind::Piped, Kind::Piped])?;
+        let (worker, pipes) = self.start(&code, Mailbox::None, defaults)?;
         Ok(Child::new(worker, Ends::of(pipes)?, self.kill_signal, self.grace))
     }
 
