@@ -438,18 +438,18 @@ fn a_worker_whose_probe_fails_takes_no_connections() {
 fn a_worker_is_replaced_after_so_many_requests_and_not_before() {
     let (mut server, _) = serve(cluster(HELLO_HTTP, 1).args(["--max-requests", "50", "--access-log"]), 1);
     let mut client = server.connect();
-    let mut ask = |server: &mut Server| {
+    let mut ask = || {
         client.send_get("/");
         assert_eq!(Who::says(&client.response()).generation, 1);
-        serde_json::from_str::<Value>(&server.stderr_line()).unwrap()["event"].clone()
     };
-    assert_eq!(ask(&mut server), "listening");
-    for _ in 1..49 {
-        assert_eq!(ask(&mut server), "access");
+    let next = |server: &mut Server| serde_json::from_str::<Value>(&server.stderr_line()).unwrap()["event"].clone();
+    assert_eq!(next(&mut server), "listening");
+    for _ in 1..50 {
+        ask();
+        assert_eq!(next(&mut server), "access");
     }
-    // what it asks for comes before it tells of the request
-    assert_eq!(event(&mut server, "access")["status"], 200);
-    ask(&mut server);
+    // the record of the last one may be told before its successor is started, or after
+    ask();
     assert_eq!(event(&mut server, "fork")["generation"], 2);
 }
 
