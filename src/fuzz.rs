@@ -103,8 +103,8 @@ type Compile = dyn Fn(&[u8]) -> Result<(), LoadError> + Send + Sync;
 static COMPILE: LazyLock<Box<Compile>> = LazyLock::new(|| {
     let stack = Limits::of_a_run().stack;
     let spec = EngineSpec { epoch_checks: false, fuel: false, stack, pool: None };
-    let engine = spec.engine().expect("there is such an engine");
-    Box::new(move |bytes| check(&engine, &compile(&engine, bytes.to_vec(), &LIMITS)?))
+    let engines = spec.engines().expect("there is such an engine");
+    Box::new(move |bytes| check(&compile(&engines, bytes.to_vec(), &LIMITS)?))
 });
 
 /// Takes bytes for a guest: says what it is, compiles it and links it, in this process.

@@ -12,6 +12,10 @@
 //! | keep a pool of handler guests, and give it tasks | [`Cluster`] |
 //! | serve a port with a pool of http guests or handlers | [`Cluster`], [`listen`](cluster::Builder::listen) |
 //! | feed JSON lines to a pool | [`cluster::lines`] |
+//! | run threads of one guest on one memory, in this process | [`Threads`] |
+//! | the same in a process of their own | [`Command::workers`] |
+//! | hand the chunks of a [`Buffer`] to a guest on all cores | [`par_map`](threads::Builder::par_map), [`Command::par_map`] |
+//! | let process workers see a [`Buffer`] without a copy | [`Fork::send_buffer`](command::Fork::send_buffer), [`Command::buffer`], [`cluster::Builder::buffer`] |
 //! | say what a guest is | [`inspect`] |
 //! | compile ahead | [`Compile`] |
 //! | see what stands between guests and this system | [`doctor`] |
@@ -22,20 +26,21 @@
 //!   main, cli, report                the command: parse, run one mode, print, exit
 //!        │
 //!   mode/                            one file or folder per mode; no mode knows another
-//!     command/{run; launch, child, fork, blocking, foreground}  compile  inspect  doctor
-//!     cluster/{builder; dispatch, pool, lines; server, serve}
+//!     command/{run; launch, child, fork, map, blocking, foreground}  compile  inspect  doctor
+//!     cluster/{builder; dispatch, pool, lines; server, serve}  threads/{builder, map}
 //!        │                    │
 //!        │        supervisor/{slot, restart, worker}     slots of workers: start, watch, drain, replace
 //!        │                    │
 //!        │        process/{wire, page, port, names, child, jail, filter, pidfd, keeper}    one child process: its frames,
 //!        │                    │                                                           its walls, its end
 //!        │                    ┊  (a socket pair)
-//!        │        child/{worker, http/, command, mailbox, compiler, trial, pulse, output}    what such a process does
+//!        │        child/{worker, http/, command, group, map, mailbox, compiler, trial, pulse, output}    what such a process
+//!        │                    │                                                                  does
 //!        │                    │
 //!   sandbox/{guest, inspect, precheck, instances, code, cache, engine,          the engine, and nothing else
-//!        │   host/, instance, stdio}                                            knows it
+//!        │   host/, instance, window, map, stdio, threads/}                     knows it
 //!        │
-//!   message  outcome  event  grant  limits  signal  lines  error    plain data, used by all
+//!   message  outcome  event  grant  limits  signal  lines  error  buffer/    plain data, used by all
 //! ```
 //!
 //! A task's way through a pool: a [`cluster`] client hands a [`Message`](message::Message), checked where it entered,
@@ -56,6 +61,16 @@
 //! the socket, and the child reads the socket when its guest asks for a message, and not before. So a slow guest fills
 //! first the socket and then the buffer, and its parent is told. The same holds the other way.
 //!
+//! A group of threads: the guest's own C library makes the threads, by a call of the host (`sandbox/threads`), each with a
+//! store and an instance over the one memory. A worker's thread comes to the host to be handed messages. The first thread
+//! that ends otherwise than it should ends all. In a process of their own that is the end of the process; in this one each
+//! thread is brought to a check, wherever it computes, waits or sleeps.
+//!
+//! A buffer's way: it is a file without a name, sealed, and so a descriptor is all of it that travels: to a child with its
+//! hello, or in the midst of its messages. A guest hands over a region of its own memory (`sandbox/window`), over which the
+//! buffer's pages are mapped, until the guest or the end of its instance undoes it. Chunks of one buffer go to a pool of
+//! threads (`sandbox/map`), each with an instance, in this process or in a child; their replies come back in order.
+//!
 //! A connection's way out: the instance asks the worker's network (`sandbox/host/network`), which decides by the grants and
 //! the address, and connects to that very address. Names are looked up by the primary (`process/names`), which checks them
 //! again. What is refused comes back as an [`event`] that names the missing [`grant`].
@@ -69,6 +84,9 @@
 //!   runs no guest code and parses no guest: children do.
 //! - A guest that fails is an [`Outcome`](outcome::Outcome), never an [`Error`].
 //! - After a trap, a limit or an exit an instance is dropped and never reused.
+//! - What a guest sees of a buffer does not change, whoever else has it; what guests write, each writes to a range that
+//!   nobody else has. A window is gone before the engine gets the memory back that it lies in.
+//! - Threads that share a memory end together, and nothing of it is used again.
 //! - Every queue is bounded and says what happens when it is full: the input waits, a guest's `send` answers `full`,
 //!   a guest's output is dropped and counted.
 //! - Every task that was read is answered once; one that is begun twice says so.
@@ -77,13 +95,15 @@
 //! - What decides is pure (`dispatch`, `slot`, `restart`, `wire`, `framing`, `grant`): the clock is handed in, and what to do
 //!   comes out.
 //! - Modes tell what happens as [`event`]s and do not print; `report` in the command is the only code that does.
-//! - `unsafe` is in `sandbox/code.rs` (mapping machine code), `process/page.rs` (shared counters), `process/child.rs` (the
-//!   inherited socket and descriptors), `process/pidfd.rs` (waiting for a process), `child/http/accept.rs` (the inherited listener) and `child/trial.rs` (system calls
-//!   that no guest should be able to make).
+//! - `unsafe` is in `sandbox/code.rs` (mapping machine code), `sandbox/window.rs` and `buffer/memory.rs` (mapping buffers),
+//!   `process/page.rs` (shared counters), `process/child.rs` (the inherited socket and descriptors), `process/pidfd.rs`
+//!   (waiting for a process), `child/http/accept.rs` (the inherited listener) and `child/trial.rs` (system calls that no guest
+//!   should be able to make).
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("wrun runs on Linux only: its workers are made of memfds, pidfds and seals");
 
+mod buffer;
 mod child;
 mod error;
 pub mod event;
@@ -101,6 +121,7 @@ mod sandbox;
 mod signal;
 mod supervisor;
 
+pub use buffer::{Buffer, BufferMut, Chunk, Chunks, Failed, Mapped, ParMap};
 pub use child::init;
 pub use error::{Error, ExitCode};
 pub use mode::*;

@@ -78,6 +78,8 @@ pub struct Limits {
     pub open_files: u32,
     /// The largest file that it may write, in a worker process. Beyond, writing fails. Default 1 GiB.
     pub file_size: Bytes,
+    /// The most threads that it may have at once beside its main thread. Beyond, making one fails. Default 64.
+    pub threads: u32,
 }
 
 impl Limits {
@@ -92,6 +94,7 @@ impl Limits {
             message_max: Bytes::mib(1),
             open_files: 64,
             file_size: Bytes::mib(1024),
+            threads: 64,
         }
     }
 

@@ -14,7 +14,7 @@ use std::{
 
 use clap::Parser;
 use wrun::{
-    Compile, Error, Run, Shape,
+    Compile, Error, ParMap, Run, Shape,
     cluster::{End, lines, serve},
     command::foreground::{self, Forked, Form},
     doctor::Checkup,
@@ -24,8 +24,10 @@ use wrun::{
 };
 
 use crate::{
-    cli::{Cli, ClusterArgs, Command, CompileArgs, ExecArgs, ForkArgs, LogFormat, RunArgs, SpawnArgs},
-    report::{EventLog, Printer},
+    cli::{
+        Cli, ClusterArgs, Command, CompileArgs, ExecArgs, ForkArgs, LogFormat, Output, RunArgs, SpawnArgs, ThreadsArgs,
+    },
+    report::{EventLog, Printer, Progress},
 };
 
 fn main() -> ExitCode {
@@ -39,6 +41,7 @@ fn main() -> ExitCode {
         Command::Exec(args) => exec(*args, printer),
         Command::Fork(args) => fork(*args, printer),
         Command::Cluster(args) => cluster(*args, printer),
+        Command::Threads(args) => threads(*args, printer),
         Command::Inspect(args) => wrun::inspect(&args.guest).map(|found| {
             report::inspection(&found, args.json);
             0
@@ -132,9 +135,62 @@ fn in_foreground(
 
 fn fork(args: ForkArgs, printer: Printer) -> Result<u8, Error> {
     let guest = args.child.guest.clone();
+    with_mailbox(&guest, &mut args.command()?, io::stdin(), printer)
+}
+
+fn threads(args: ThreadsArgs, printer: Printer) -> Result<u8, Error> {
+    let (guest, input, has_tasks) = (args.child.guest.clone(), args.input()?, args.has_tasks());
+    let chunks = args.chunks()?;
+    let mut command = args.command()?;
+    if let Some((map, output)) = chunks {
+        return par_map(&guest, &mut command, map, output, printer);
+    }
+    match foreground::shape(&command)? {
+        Some(Shape::Handler) => {
+            cli::print_aside(&mut command)?;
+            with_mailbox(&guest, &mut command, input, printer)
+        }
+        _ if has_tasks => Err(Error::Usage("a command has no tasks: expected a handler, or no `--tasks`".into())),
+        // its input and output are its own
+        _ => in_foreground(foreground::spawn, &guest, command, false, printer),
+    }
+}
+
+/// Hands out the chunks of a file, and says what failed first.
+fn par_map(
+    guest: &Path,
+    command: &mut wrun::Command,
+    map: ParMap,
+    output: Option<Output>,
+    printer: Printer,
+) -> Result<u8, Error> {
+    let progress = Progress::of(map.input_length(), printer);
+    let bar = progress.clone();
+    command.on_denied(move |denied| printer.denied(denied));
+    let mapped = foreground::par_map(command, map, io::stdout(), move |chunk| bar.advance(chunk.length));
+    progress.end();
+    let mapped = mapped?;
+    if let Some(failed) = &mapped.failed {
+        printer.failed(guest, failed);
+        return Ok(failed.exit_code());
+    }
+    printer.outcome(guest, &mapped.outcome);
+    if let (Some(output), Some(bytes)) = (output, mapped.output) {
+        output.write(&bytes)?;
+    }
+    Ok(mapped.outcome.end.exit_code())
+}
+
+/// Runs a child with its mailbox as lines, and says how it ended.
+fn with_mailbox(
+    guest: &Path,
+    command: &mut wrun::Command,
+    input: impl io::Read + Send + 'static,
+    printer: Printer,
+) -> Result<u8, Error> {
     let cannot = |source| Error::Io { what: "open the log", source };
     let (log, last_lines) = EventLog::start(printer, None).map_err(cannot)?;
-    let forked = foreground::fork(&mut args.command()?, io::stdin(), io::stdout(), move |event| {
+    let forked = foreground::fork(command, input, io::stdout(), move |event| {
         // a person wants to know what went wrong, a tool all that happened
         if printer.format == LogFormat::Json || matches!(event, Event::Error { .. } | Event::Denied { .. }) {
             log.tell(&event);
@@ -143,7 +199,7 @@ fn fork(args: ForkArgs, printer: Printer) -> Result<u8, Error> {
     last_lines.wait();
     let Forked { outcome, refused } = forked?;
     if printer.format == LogFormat::Text {
-        printer.outcome(&guest, &outcome);
+        printer.outcome(guest, &outcome);
     }
     Ok(match outcome.end.exit_code() {
         0 if refused > 0 => wrun::ExitCode::Limit as u8,

@@ -44,6 +44,24 @@ pub enum MessageError {
     },
 }
 
+/// Why a message was not sent. It can be sent again.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SendError {
+    /// As much waits already as may: the guest is slower than its parent.
+    #[error("the mailbox is full")]
+    Full,
+    /// The guest is gone, or the mailbox was disconnected.
+    #[error("the mailbox is closed")]
+    Closed,
+    /// It is longer than a message may be.
+    #[error(transparent)]
+    TooLong(MessageError),
+    /// It is a buffer that cannot be shared so.
+    #[error("the buffer was not shared: {0}")]
+    NotShared(String),
+}
+
 impl Message {
     /// Checks bytes that claim to be a message of at most `max` bytes.
     ///

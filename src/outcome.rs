@@ -23,9 +23,21 @@ pub struct Outcome {
     pub end: End,
     /// Whether it ended because the user or the primary asked it to (a drain, a stop, a replacement).
     pub voluntary: bool,
+    /// The thread that ended it, of a guest that has several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub thread: Option<Box<Thread>>,
     /// What it used until then.
     #[serde(flatten)]
     pub usage: Usage,
+}
+
+/// One of a guest's threads.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Thread {
+    /// Its number: 0 for the main thread, others from 1 in the order in which they were made.
+    pub id: u32,
+    /// `main`, `worker-2` for what answers messages, `thread-3` for others.
+    pub name: String,
 }
 
 /// How a task ended.
@@ -41,6 +53,34 @@ pub enum Answer {
     Invalid(MessageError),
     /// It ended its instance or its worker: it may have been handled in part.
     Ended(Outcome),
+}
+
+impl Answer {
+    /// Appends it to a line of JSON as members of the object that stands there: `,"reply":…` or `,"error":…`, or nothing
+    /// for no reply.
+    pub(crate) fn write_members(&self, line: &mut Vec<u8>) {
+        // most answers are replies, which are not taken apart
+        match self {
+            Self::Reply(reply) => {
+                line.extend_from_slice(br#","reply":"#);
+                reply.write_line(line);
+            }
+            Self::NoReply => {}
+            Self::Error(reason) => {
+                line.extend_from_slice(br#","error":{"kind":"guest","value":"#);
+                reason.write_line(line);
+                line.push(b'}');
+            }
+            Self::Invalid(error) => {
+                let error = serde_json::json!({"kind": "invalid", "message": error.to_string()});
+                line.extend_from_slice(format!(r#","error":{error}"#).as_bytes());
+            }
+            Self::Ended(outcome) => {
+                line.extend_from_slice(br#","error":"#);
+                serde_json::to_writer(&mut *line, outcome).expect("plain data has a JSON form");
+            }
+        }
+    }
 }
 
 /// How something ended. The tag is `kind` in JSON.
@@ -161,7 +201,7 @@ impl End {
     /// With what was used, an outcome that nobody asked for.
     #[must_use]
     pub fn with(self, usage: Usage) -> Outcome {
-        Outcome { end: self, voluntary: false, usage }
+        Outcome { end: self, voluntary: false, thread: None, usage }
     }
 
     /// The exit code of a `wrun` command that ends this way: the guest's own, or one of the table in the README.
@@ -213,7 +253,11 @@ impl fmt::Display for End {
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.end.fmt(f)
+        self.end.fmt(f)?;
+        match self.thread.as_deref() {
+            Some(Thread { id, name }) => write!(f, " (thread {id}, {name})"),
+            None => Ok(()),
+        }
     }
 }
 

@@ -13,15 +13,16 @@ use std::{
     time::{Duration, UNIX_EPOCH},
 };
 
+use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use serde_json::json;
 use wrun::{
-    Error, Report,
+    Error, Failed, Report,
     doctor::{Checkup, Guard, Verdict},
     event::{AccessRecord, Event, Stream, WorkerId},
     grant::Denied,
     limits::Bytes,
-    outcome::{End, Outcome},
+    outcome::{Answer, End, Outcome},
 };
 
 use crate::cli::LogFormat;
@@ -89,6 +90,23 @@ impl Printer {
         }
     }
 
+    /// Which chunk failed, and how.
+    pub(crate) fn failed(self, guest: &Path, failed: &Failed) {
+        match self.format {
+            LogFormat::Json => self.log_line(failed),
+            LogFormat::Text => {
+                let guest = guest.to_string_lossy();
+                let mut text = format!("wrun: `{}` {}\n", Clean(&guest), Clean(&failed.to_string()));
+                if let Answer::Ended(Outcome { end: End::Trapped { backtrace, .. }, .. }) = &failed.answer {
+                    for frame in backtrace {
+                        let _ = writeln!(text, "    {}", Clean(frame));
+                    }
+                }
+                print_error(&text);
+            }
+        }
+    }
+
     /// Something that happened in a pool, as a line.
     fn event_line(self, event: &Event) -> String {
         match self.format {
@@ -101,6 +119,31 @@ impl Printer {
     #[expect(clippy::unused_self, reason = "reads like its siblings")]
     pub(crate) fn log_line(self, value: &impl Serialize) {
         print_error(&(serde_json::to_string(value).expect("plain data has a JSON form") + "\n"));
+    }
+}
+
+/// How far a command has come, for a person who watches: on a terminal only.
+#[derive(Clone)]
+pub(crate) struct Progress(ProgressBar);
+
+impl Progress {
+    pub(crate) fn of(length: Bytes, printer: Printer) -> Self {
+        if printer.format == LogFormat::Json {
+            return Self(ProgressBar::hidden());
+        }
+        let bar = ProgressBar::new(length.0);
+        let style = "{bar:40} {bytes} of {total_bytes}, {binary_bytes_per_sec}, {eta} left";
+        Self(bar.with_style(ProgressStyle::with_template(style).expect("a template")))
+    }
+
+    /// Some more is done.
+    pub(crate) fn advance(&self, bytes: u64) {
+        self.0.inc(bytes);
+    }
+
+    /// Takes it away.
+    pub(crate) fn end(&self) {
+        self.0.finish_and_clear();
     }
 }
 

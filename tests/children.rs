@@ -20,10 +20,10 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use wrun::{
     Cache, Command, Error, Isolation, Signal,
-    command::{SendError, Stdio},
+    command::Stdio,
     event::Event,
     limits::Bytes,
-    message::Message,
+    message::{Message, SendError},
     outcome::{Answer, End, LimitKind, Stage},
 };
 

@@ -2,6 +2,7 @@
 //! answers the messages of its mailbox until that is closed.
 
 use std::{
+    collections::VecDeque,
     os::{
         fd::{IntoRawFd, OwnedFd},
         unix::net::UnixStream,
@@ -12,8 +13,16 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{enter, exit_with_primary, mailbox::Line, pulse::Pulse};
+use super::{
+    enter, exit_with_primary,
+    group::{self, Workers},
+    mailbox::Line,
+    map::{self, MapConfig},
+    pulse::Pulse,
+    receive_buffers,
+};
 use crate::{
+    buffer::{OUTPUT, Shared},
     grant::{Denied, Grants},
     limits::Limits,
     message::Message,
@@ -24,8 +33,8 @@ use crate::{
         wire::{Incoming, Kind},
     },
     sandbox::{
-        Answer, Code, Cwd, EngineSpec, Identity, Inspection, LoadError, Mapped, Network, Received, Roots, Sandbox,
-        Setup, Shape, cpu_ms,
+        Answer, BufferSource, Buffers, Code, Cwd, EngineSpec, Identity, Inspection, LoadError, Mapped, Network,
+        Received, Roots, Sandbox, Setup, Shape, cpu_ms,
     },
 };
 
@@ -52,6 +61,12 @@ pub(crate) struct CommandConfig {
     pub(crate) cwd: Option<Cwd>,
     /// Whether its mailbox leads anywhere.
     pub(crate) mailbox: bool,
+    /// How its workers are made, when it shares its memory and is a handler.
+    pub(crate) workers: Option<Workers>,
+    /// The names of the buffers that come with its streams.
+    pub(crate) buffers: Vec<String>,
+    /// How the chunks of the first of these are handed to it; none when it runs by itself.
+    pub(crate) map: Option<MapConfig>,
     /// What its process may do.
     pub(crate) jail: Jail,
 }
@@ -59,10 +74,10 @@ pub(crate) struct CommandConfig {
 /// How often the thread beside the guest looks whether the primary is there.
 const BEAT: Duration = Duration::from_millis(500);
 
-/// The child. Its code comes on the first descriptor, its standard streams on those after it, and last, when a name is
-/// granted, the line to who looks names up.
+/// The child. Its code comes on the first descriptor, its standard streams on those after it, then its buffers, the one that
+/// is written at their end, and last, when a name is granted, the line to who looks names up.
 pub(super) fn main(start: Start) -> i32 {
-    let Start { socket, hello, fds, incoming } = start;
+    let Start { socket, hello, fds, incoming, following } = start;
     let Ok(out) = socket.try_clone().map(Out::new) else { return 125 };
     // lives as long as the process
     let out: &'static Arc<Out> = Box::leak(Box::new(Arc::new(out)));
@@ -72,7 +87,7 @@ pub(super) fn main(start: Start) -> i32 {
     let _ = socket.into_raw_fd();
     let run = from_primary
         .map_err(|error| LoadError::Invalid { reason: error.to_string() })
-        .and_then(|socket| run(out, (socket, incoming), &hello, fds));
+        .and_then(|socket| run(out, (socket, incoming, following), &hello, fds));
     let outcome = run.unwrap_or_else(|error| error.end().with(Usage::default()));
     out.push(Kind::Ended, 0, &serde_json::to_vec(&outcome).expect("plain data has a JSON form"));
     out.finish();
@@ -81,7 +96,7 @@ pub(super) fn main(start: Start) -> i32 {
 
 fn run(
     out: &'static Arc<Out>,
-    (socket, incoming): (UnixStream, Incoming),
+    line: (UnixStream, Incoming, VecDeque<OwnedFd>),
     hello: &Hello,
     fds: Vec<OwnedFd>,
 ) -> Result<Outcome, LoadError> {
@@ -93,6 +108,15 @@ fn run(
     else {
         return Err(broken("the command got no code or no standard streams".into()));
     };
+    let received = receive_buffers(config.buffers, &mut fds)?;
+    let input = received.first().map(|(_, buffer)| buffer.clone());
+    let mut buffers: Vec<_> = received.into_iter().map(|(name, it)| (name, BufferSource::Input(it))).collect();
+    if config.map.is_some_and(|map| map.output) {
+        let fd = fds.next().ok_or_else(|| broken("the output is missing".into()))?;
+        let shared = Shared::received(fd).map_err(|error| broken(error.to_string()))?;
+        buffers.push((OUTPUT.into(), BufferSource::Output(Arc::new(shared))));
+    }
+    let buffers = Arc::new(Buffers::of(buffers));
     let names = fds.next().map(UnixStream::from);
     rustix::stdio::dup2_stdin(stdin)
         .and_then(|()| rustix::stdio::dup2_stdout(stdout))
@@ -106,29 +130,44 @@ fn run(
         // what does not go now goes later
         let _ = out.flush();
     };
-    let (mapped, runtime, network, cwd) = enter(&config.jail, out, || {
-        let engine = config.engine.engine().map_err(|error| broken(format!("{error:#}")))?;
+    let (mapped, runtime, runtimes, network, cwd) = enter(&config.jail, out, || {
+        let engine = config.engine.engine(&code.inspection).map_err(|error| broken(format!("{error:#}")))?;
         // the runtime makes sockets for itself
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtimes = map::runtimes(config.map.map_or(0, |map| map.workers));
+        let runtimes = runtimes.map_err(|error| broken(error.to_string()))?;
         let network = Network::prepare(&config.grants, names, &config.roots, tell);
         let cwd = config.cwd.as_ref().map(Cwd::open).transpose()?;
-        Ok((Mapped::of(engine, &code)?, runtime.map_err(|error| broken(error.to_string()))?, network, cwd))
+        Ok((Mapped::of(engine, &code)?, runtime.map_err(|error| broken(error.to_string()))?, runtimes, network, cwd))
     })?;
     // what is missing is told of before the guest prints
     out.finish();
-    let shape = code.inspection.shape.filter(|shape| config.mailbox && *shape == Shape::Handler);
-    let sandbox = mapped.link(&code.inspection, shape.unwrap_or(Shape::Command))?;
+    let answers = config.mailbox || config.map.is_some();
+    let shape = code.inspection.shape.filter(|shape| answers && *shape == Shape::Handler);
     let setup = Setup {
         data: config.data,
         cwd: cwd.map(Arc::new),
         network: Arc::new(network),
+        buffers: buffers.clone(),
         // what its connections wait for is waited for there, too
         shares_thread: !config.jail.ports.is_empty(),
         ..Setup::alone(config.grants, config.limits, config.args, config.identity)
     };
-    let outcome = if config.mailbox {
+    let line = if config.mailbox {
         let pulse = Pulse::start(page, out.clone(), None, None, BEAT).map_err(|error| broken(error.to_string()))?;
-        let line = Arc::new(Line::new(out.clone(), socket, incoming, pulse, setup.shares_thread));
+        Some(Arc::new(Line::new(out.clone(), line, pulse, setup.shares_thread, buffers)))
+    } else {
+        exit_with_primary(out).map_err(|error| broken(error.to_string()))?;
+        None
+    };
+    if code.inspection.has_threads() {
+        return group::run(mapped, &code.inspection, setup, line, config.workers);
+    }
+    let sandbox = mapped.link(&code.inspection, shape.unwrap_or(Shape::Command))?;
+    if let (Some(config), Some(input)) = (config.map, input) {
+        return map::run(&sandbox, &setup, input, (config, runtimes), out);
+    }
+    let outcome = if let Some(line) = line {
         let setup = Arc::new(Setup { mailbox: Some(line.clone()), ..setup });
         runtime.block_on(async {
             if shape.is_some() {
@@ -138,7 +177,6 @@ fn run(
             sandbox.run(&setup).await
         })
     } else {
-        exit_with_primary(out).map_err(|error| broken(error.to_string()))?;
         runtime.block_on(sandbox.run(&Arc::new(setup)))
     };
     // a thread may still sit in a read of standard input: nobody waits for it

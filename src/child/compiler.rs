@@ -53,11 +53,11 @@ pub(super) fn main(start: Start) -> i32 {
                 return Err(LoadError::Invalid { reason: "the compiler got no files".into() });
             };
             let unreadable = |source| LoadError::Unreadable { path: "the guest's copy".into(), source };
-            let (engine, cores) = enter(&config.jail, out, || {
-                let engine = config.engine.map(|spec| spec.engine()).transpose();
-                let engine = engine.map_err(|error| LoadError::Invalid { reason: error.to_string() })?;
+            let (engines, cores) = enter(&config.jail, out, || {
+                let engines = config.engine.map(EngineSpec::engines).transpose();
+                let engines = engines.map_err(|error| LoadError::Invalid { reason: error.to_string() })?;
                 // the system tells that in files
-                Ok((engine, std::thread::available_parallelism().map_or(1, NonZero::get)))
+                Ok((engines, std::thread::available_parallelism().map_or(1, NonZero::get)))
             })?;
             exit_with_primary(out).map_err(unreadable)?;
             // now, as long as there is memory for their stacks: the engine panics when there is none
@@ -70,13 +70,13 @@ pub(super) fn main(start: Start) -> i32 {
             // through `take`, which does not ask the system for the size
             let read = guest.seek(SeekFrom::Start(0)).and_then(|_| guest.take(u64::MAX).read_to_end(&mut bytes));
             read.map_err(unreadable)?;
-            let Some(engine) = engine else {
+            let Some(engines) = engines else {
                 // no more of it is asked for, and its names could be longer than a frame
                 return Ok(Inspection::of(&binary(bytes)?)?.shape);
             };
-            let packed = compile(&engine, bytes, &config.limits)?;
+            let packed = compile(&engines, bytes, &config.limits)?;
             // linked before it is handed over: what is kept is a guest that runs
-            check(&engine, &packed)?;
+            check(&packed)?;
             code.write_all(packed.bytes()).map_err(unreadable)?;
             Ok(None)
         });
@@ -158,6 +158,7 @@ impl Compiler {
             ports: vec![],
             purpose: Purpose::Compiler,
             namespaces: self.isolation == Isolation::Jail,
+            threads: 0,
             bounds: Bounds { cpu: Some(time), files: DESCRIPTORS, file_size: memory, data: memory },
             without: vec![],
         }
@@ -223,6 +224,6 @@ impl Compiler {
 /// When there is no such engine.
 pub(crate) fn entry(cache: &Cache, spec: EngineSpec, guest: &Guest) -> Result<Option<PathBuf>, Error> {
     // code does not depend on the room that its instances will have
-    let engine = EngineSpec { pool: None, ..spec }.engine().map_err(|error| Error::Usage(format!("{error:#}")))?;
-    Ok(cache.entry(&engine, guest))
+    let engines = EngineSpec { pool: None, ..spec }.engines().map_err(|error| Error::Usage(format!("{error:#}")))?;
+    Ok(cache.entry(&engines.ordinary, guest))
 }

@@ -2,8 +2,10 @@
 //! so that a guest that is slow makes its parent wait; and frames to it, written in batches.
 
 use std::{
+    collections::VecDeque,
     future::Future,
-    os::unix::net::UnixStream,
+    io,
+    os::{fd::OwnedFd, unix::net::UnixStream},
     pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -20,12 +22,13 @@ use rustix::{
 
 use super::pulse::Pulse;
 use crate::{
+    buffer::Buffer,
     message::Message,
     process::{
-        child::Out,
+        child::{Out, receive_more},
         wire::{Incoming, Kind},
     },
-    sandbox::{Full, Mailbox, Received},
+    sandbox::{Buffers, Full, Mailbox, Received},
 };
 
 /// Messages of a guest that may wait to be written, in bytes.
@@ -34,19 +37,21 @@ const WAITING_MAX: usize = 8 << 20;
 /// Bytes of a handler's answers that may wait to be written before it gets its next message.
 const ANSWERS_MAX: usize = 4 << 20;
 
+/// How many bytes are received at once.
+const RECEIVE: usize = 64 << 10;
+
 /// Bytes of either that are worth a write of their own.
 const BATCH: usize = 64 << 10;
 
-/// Adds a message to what is written to the primary, if there is room.
+/// Adds a guest's message to what is written to the primary, if there is room. How much waits then.
 ///
 /// # Errors
 /// When there is none.
-pub(super) fn post(out: &Out, message: &Message) -> Result<(), Full> {
+pub(super) fn post(out: &Out, message: &[u8]) -> Result<usize, Full> {
     if out.waiting_bytes() > WAITING_MAX {
         return Err(Full);
     }
-    out.push(Kind::Message, 0, message.as_str().as_bytes());
-    Ok(())
+    Ok(out.push(Kind::Message, 0, message))
 }
 
 /// The mailbox of a guest that has its process for itself.
@@ -65,6 +70,12 @@ struct Inbox {
     out: Arc<Out>,
     socket: UnixStream,
     incoming: Incoming,
+    /// Where bytes come in. To make room for more of them in place would cost more than to copy the few that most messages
+    /// have.
+    received: Box<[u8]>,
+    /// Those of buffers whose frames are yet to be taken.
+    fds: VecDeque<OwnedFd>,
+    buffers: Arc<Buffers>,
     /// The primary has disconnected.
     closed: bool,
     has_more: Arc<AtomicBool>,
@@ -73,13 +84,15 @@ struct Inbox {
 impl Line {
     pub(super) fn new(
         out: Arc<Out>,
-        socket: UnixStream,
-        incoming: Incoming,
+        (socket, incoming, fds): (UnixStream, Incoming, VecDeque<OwnedFd>),
         pulse: Pulse,
         shares_thread: bool,
+        buffers: Arc<Buffers>,
     ) -> Self {
         let has_more = Arc::<AtomicBool>::default();
-        let inbox = Inbox { out: out.clone(), socket, incoming, closed: false, has_more: has_more.clone() };
+        let has = has_more.clone();
+        let received = vec![0; RECEIVE].into();
+        let inbox = Inbox { out: out.clone(), socket, incoming, received, fds, buffers, closed: false, has_more: has };
         Self { out, pulse, shares_thread, has_more, inbox: Arc::new(Mutex::new(inbox)) }
     }
 
@@ -91,11 +104,34 @@ impl Line {
         }
     }
 
+    /// Says something to the primary now, or a moment later when there is more to come.
+    pub(super) fn say_soon(&self, kind: Kind, id: u64, body: &[u8], more_to_come: bool) {
+        let waiting = self.out.push(kind, id, body);
+        self.flush_soon(waiting, more_to_come);
+    }
+
+    fn flush_soon(&self, waiting: usize, more_to_come: bool) {
+        if (more_to_come && waiting < BATCH) || !self.out.flush().unwrap_or(true) {
+            self.pulse.touch();
+        }
+    }
+
     /// Says something without a body to the primary at once.
     pub(super) fn say_now(&self, kind: Kind) {
         self.out.push(kind, 0, b"");
         // what does not go now goes later
         let _ = self.out.flush();
+    }
+
+    /// Sends a message of the guest.
+    ///
+    /// # Errors
+    /// When there is no room.
+    pub(super) fn post(&self, message: &[u8]) -> Result<(), Full> {
+        let waiting = post(&self.out, message)?;
+        // in the midst of many, several go at once
+        self.flush_soon(waiting, self.has_more.load(Ordering::Relaxed));
+        Ok(())
     }
 
     /// Waits until the primary has taken most of what was said: who is not listened to does not go on.
@@ -112,6 +148,11 @@ impl Line {
             self.pulse.touch();
         }
         received
+    }
+
+    /// The next message, for which this thread waits.
+    pub(super) fn receive_here(&self) -> Received {
+        lock(&self.inbox).receive(None)
     }
 
     async fn wait(&self, within: Option<Duration>) -> Received {
@@ -132,13 +173,7 @@ impl Line {
 
 impl Mailbox for Line {
     fn send(&self, message: Message) -> Result<(), Full> {
-        post(&self.out, &message)?;
-        // in the midst of many, several go at once
-        let more_to_come = self.has_more.load(Ordering::Relaxed) && self.out.waiting_bytes() < BATCH;
-        if more_to_come || !self.out.flush().unwrap_or(true) {
-            self.pulse.touch();
-        }
-        Ok(())
+        self.post(message.as_str().as_bytes())
     }
 
     fn receive(&self, within: Option<Duration>) -> Pin<Box<dyn Future<Output = Received> + Send + '_>> {
@@ -163,8 +198,8 @@ impl Inbox {
             // a wake-up by a plain read is cheaper than one by a poll, and often on the core that the primary has left
             let may_wait = all_written && until.is_none();
             let flags = if may_wait { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
-            match rustix::net::recv(&self.socket, rustix::buffer::spare_capacity(self.incoming.space()), flags) {
-                Ok((_, 1..)) | Err(Errno::INTR) => continue,
+            match receive_more(&self.socket, &mut self.received, &mut self.incoming, &mut self.fds, flags) {
+                Ok(1..) | Err(Errno::INTR) => continue,
                 Err(Errno::AGAIN) => {}
                 // the primary is gone, and with it all that this process is for
                 _ => std::process::exit(125),
@@ -194,6 +229,17 @@ impl Inbox {
                     return Some(Received::Message(id, text));
                 }
                 Ok(Some(frame)) if frame.kind == Kind::Drain => self.closed = true,
+                Ok(Some(frame)) if frame.kind == Kind::Buffer => {
+                    let name = String::from_utf8_lossy(frame.body);
+                    let fd = self.fds.pop_front().ok_or_else(|| io::Error::other("no descriptor came with it"));
+                    match fd.and_then(Buffer::received) {
+                        Ok(buffer) => self.buffers.add(&name, buffer),
+                        Err(error) => {
+                            let text = format!("the buffer `{name}` did not come: {error}");
+                            self.out.push(Kind::Warning, 0, text.as_bytes());
+                        }
+                    }
+                }
                 Ok(Some(_)) => {}
                 Ok(None) | Err(_) => return None,
             }

@@ -2,8 +2,10 @@
 
 mod command;
 mod compiler;
+mod group;
 mod http;
 mod mailbox;
+mod map;
 mod output;
 mod pulse;
 mod trial;
@@ -14,11 +16,16 @@ pub(crate) use self::http::framing;
 pub(crate) use self::{
     command::CommandConfig,
     compiler::{Compiler, entry},
+    group::Workers,
     http::ListenConfig,
+    map::{MEMORY_MAX, MapConfig, THREAD_STACK, can_map, cores, id_of, runtimes, threads},
     trial::{Scene, Trial, Tried, attempt_aside, live_on},
-    worker::{WorkerConfig, jail_of},
+    worker::{WorkerConfig, jail_of, with_windows},
 };
+use std::os::fd::OwnedFd;
+
 use crate::{
+    buffer::{Buffer, Named},
     outcome::Stage,
     process::{
         Jail, Role,
@@ -54,6 +61,19 @@ pub fn init() {
         Err(_) => 125,
     };
     std::process::exit(code);
+}
+
+/// The buffers of these names, whose descriptors come next.
+///
+/// # Errors
+/// When one is missing, or could still change.
+fn receive_buffers(names: Vec<String>, fds: &mut impl Iterator<Item = OwnedFd>) -> Result<Named, LoadError> {
+    let broken = |reason: String| LoadError::Invalid { reason };
+    let received = names.into_iter().map(|name| {
+        let fd = fds.next().ok_or_else(|| broken(format!("the buffer `{name}` is missing")))?;
+        Ok((name, Buffer::received(fd).map_err(|error| broken(error.to_string()))?))
+    });
+    received.collect()
 }
 
 /// Enters the jail, after `prepare` has opened what cannot be opened inside, and tells the primary which walls are

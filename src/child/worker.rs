@@ -25,6 +25,7 @@ use super::{
     mailbox,
     output::Lines,
     pulse::Pulse,
+    receive_buffers,
 };
 use crate::{
     grant::{Denied, Grants},
@@ -37,8 +38,8 @@ use crate::{
         wire::{Incoming, Kind},
     },
     sandbox::{
-        Answer, Code, EngineSpec, Form, Full, Identity, Inspection, Instance, LoadError, Mailbox, Mapped, Network,
-        Received, Roots, SOCKETS_MAX, Sandbox, Setup, Shape, Stdio, cpu_ms,
+        Answer, BufferSource, Buffers, Code, EngineSpec, Form, Full, Identity, Inspection, Instance, LoadError,
+        Mailbox, Mapped, Network, Received, Roots, SOCKETS_MAX, Sandbox, Setup, Shape, Stdio, cpu_ms,
     },
 };
 
@@ -65,6 +66,8 @@ pub(crate) struct WorkerConfig {
     pub(crate) concurrency: u32,
     /// How often it gives a sign of life.
     pub(crate) beat: Duration,
+    /// The names of the buffers that come before whoever looks names up.
+    pub(crate) buffers: Vec<String>,
     /// How it serves a port; none when tasks come from the primary.
     pub(crate) listen: Option<ListenConfig>,
     /// What its process may do.
@@ -112,6 +115,7 @@ pub(crate) fn jail_of(
         // what it reads or writes at once, which may be as large as its memory
         Form::Module => limits.memory.0,
     };
+    let threads = if inspection.has_threads() { limits.threads } else { 0 };
     let kinds = u64::from(!grants.http.is_empty()) + u64::from(!grants.tcp.is_empty());
     let outgoing = concurrency * kinds * SOCKETS_MAX as u64;
     let data = [
@@ -119,6 +123,8 @@ pub(crate) fn jail_of(
         copies.saturating_mul(concurrency),
         per_connection.saturating_mul(connections),
         if kinds == 0 { 0 } else { ROOTS_DATA.0 + OUTGOING_DATA.0.saturating_mul(outgoing) },
+        u64::from(threads)
+            .saturating_mul(engine.thread_data().saturating_add(limits.message_max.0.saturating_mul(MESSAGE_COPIES))),
     ]
     .into_iter()
     .fold(DATA_BASE.0, u64::saturating_add)
@@ -136,6 +142,7 @@ pub(crate) fn jail_of(
         purpose: if listen.is_some() { Purpose::Port } else { Purpose::Guest },
         // in a granted folder root's files would be nobody's
         namespaces: isolation == Isolation::Jail && grants.dirs.is_empty(),
+        threads,
         bounds: Bounds {
             // it works as long as there is work; each task has a clock
             cpu: None,
@@ -145,6 +152,14 @@ pub(crate) fn jail_of(
         },
         without: vec![],
     }
+}
+
+/// Makes room in a jail for windows of so many buffers, in so many instances with this much memory each.
+pub(crate) fn with_windows(jail: &mut Jail, buffers: usize, instances: u32, memory: Bytes) {
+    jail.bounds.files += buffers as u64;
+    // what a window takes the place of is kept meanwhile; what is read of a buffer counts for nobody
+    let windows = memory.0.saturating_mul(instances.into());
+    jail.bounds.data = Bytes(jail.bounds.data.0.saturating_add(windows));
 }
 
 /// Bytes that may wait to be written before the next task is begun.
@@ -225,7 +240,7 @@ struct Outbox(Arc<Out>);
 
 impl Mailbox for Outbox {
     fn send(&self, message: Message) -> Result<(), Full> {
-        mailbox::post(&self.0, &message)
+        mailbox::post(&self.0, message.as_str().as_bytes()).map(drop)
     }
 
     fn receive(&self, _: Option<Duration>) -> Pin<Box<dyn Future<Output = Received> + Send + '_>> {
@@ -256,6 +271,8 @@ impl Worker {
             }
         };
         let shape = config.inspection.shape.filter(|_| matches!(work, Work::Port(_))).unwrap_or(Shape::Handler);
+        let buffers = receive_buffers(config.buffers, &mut fds)?;
+        let buffers = buffers.into_iter().map(|(name, buffer)| (name, BufferSource::Input(buffer)));
         let names = fds.next().map(StdStream::from);
         let code = Code::checked(code.into(), config.inspection);
         let told = out.clone();
@@ -263,7 +280,7 @@ impl Worker {
             told.push(Kind::Denied, 0, &serde_json::to_vec(&denied).expect("plain data has a JSON form"));
         };
         let (mapped, runtime, network) = enter(&config.jail, &out, || {
-            let engine = config.engine.engine().map_err(|error| broken(format!("{error:#}")))?;
+            let engine = config.engine.engine(&code.inspection).map_err(|error| broken(format!("{error:#}")))?;
             // the runtime makes sockets for itself
             let mut runtime = tokio::runtime::Builder::new_current_thread();
             let runtime = runtime.enable_all().max_blocking_threads(BLOCKING_THREADS);
@@ -290,6 +307,7 @@ impl Worker {
             shares_thread: config.concurrency > 1 || matches!(work, Work::Port(_)),
             head_max,
             network: Arc::new(network),
+            buffers: Arc::new(Buffers::of(buffers)),
             limits: config.limits,
         });
         let worker = Self {

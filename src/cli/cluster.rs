@@ -18,7 +18,7 @@ use wrun::{
     message::Message,
 };
 
-use super::{CacheArgs, CompileLimitArgs, GrantArgs, IsolationArg, LimitArgs};
+use super::{BufferArgs, CacheArgs, CompileLimitArgs, GrantArgs, IsolationArg, LimitArgs};
 
 /// Where http guests are served when no address is given.
 pub(crate) const LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
@@ -73,6 +73,8 @@ pub(crate) struct ClusterArgs {
     pub(crate) port: PortArgs,
     #[command(flatten)]
     pub(crate) grants: GrantArgs,
+    #[command(flatten)]
+    pub(crate) buffers: BufferArgs,
     /// What stands between its workers and the host; they are processes always
     #[arg(long, value_enum, default_value_t = IsolationArg::Process, help_heading = "Grants")]
     pub(crate) isolation: IsolationArg,
@@ -236,6 +238,9 @@ impl ClusterArgs {
             })
             .access_log(port.access_log.is_some())
             .trust_proxies(port.trusted);
+        for (name, buffer) in self.buffers.read()? {
+            builder = builder.buffer(name, &buffer);
+        }
         if let Some(workers) = self.workers {
             builder = builder.workers(workers);
         }

@@ -10,7 +10,7 @@ use wrun::{
     message::Message,
 };
 
-use super::{CacheArgs, CompileLimitArgs, GrantArgs, IsolationArg, LimitArgs};
+use super::{BufferArgs, CacheArgs, CompileLimitArgs, GrantArgs, IsolationArg, LimitArgs};
 
 /// Run one guest in a process of its own, with its output as it comes
 ///
@@ -87,6 +87,8 @@ pub(crate) struct ChildArgs {
     cwd: Option<String>,
     #[command(flatten)]
     grants: GrantArgs,
+    #[command(flatten)]
+    buffers: BufferArgs,
     /// What stands between the guest and the host; it is a process always
     #[arg(long, value_enum, default_value_t = IsolationArg::Process, help_heading = "Grants")]
     isolation: IsolationArg,
@@ -171,7 +173,7 @@ fn open(path: &Path, options: &std::fs::OpenOptions) -> Result<Stdio, Error> {
 }
 
 impl ChildArgs {
-    fn command(self, message_max: Bytes) -> Result<Command, Error> {
+    pub(super) fn command(self, message_max: Bytes) -> Result<Command, Error> {
         let data = Message::check(self.data.as_bytes(), message_max.as_usize())
             .map_err(|error| Error::Usage(format!("expected JSON for `--data`, but it is {error}")))?;
         let mut command = Command::new(self.guest);
@@ -185,6 +187,9 @@ impl ChildArgs {
             .kill_signal(self.kill_signal)
             .grace(self.grace)
             .data(data);
+        for (name, buffer) in self.buffers.read()? {
+            command.buffer(name, &buffer);
+        }
         if let Some(name) = self.argv0 {
             command.arg0(name);
         }
@@ -195,7 +200,7 @@ impl ChildArgs {
     }
 
     /// Two cannot read the same input.
-    fn reads_input(&self) -> bool {
+    pub(super) fn reads_input(&self) -> bool {
         self.guest == Path::new("-")
     }
 }

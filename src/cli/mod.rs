@@ -2,15 +2,16 @@
 
 mod cluster;
 mod command;
+mod threads;
 
-use std::{path::PathBuf, time::Duration};
+use std::{fs::File, path::PathBuf, time::Duration};
 
 use clap::{
     Args, Parser, Subcommand, ValueEnum,
     builder::{OsStringValueParser, TypedValueParser},
 };
 use wrun::{
-    Cache, Isolation,
+    Buffer, Cache, Error, Isolation,
     grant::{DirGrant, Grants, HttpGrant, TcpGrant, parse_env},
     limits::{Bytes, CompileLimits, Limits, parse_duration},
 };
@@ -18,6 +19,7 @@ use wrun::{
 pub(crate) use self::{
     cluster::{ClusterArgs, LISTEN},
     command::{ExecArgs, ForkArgs, SpawnArgs},
+    threads::{Output, ThreadsArgs, print_aside},
 };
 
 /// Run WebAssembly guests in parallel, each in a sandbox
@@ -62,6 +64,7 @@ pub(crate) enum Command {
     Exec(Box<ExecArgs>),
     Fork(Box<ForkArgs>),
     Cluster(Box<ClusterArgs>),
+    Threads(Box<ThreadsArgs>),
     Inspect(InspectArgs),
     Compile(CompileArgs),
     Doctor(DoctorArgs),
@@ -169,6 +172,39 @@ pub(crate) struct GrantArgs {
     tcp: Vec<TcpGrant>,
 }
 
+/// The largest file for a buffer, so that one without an end has one.
+const BUFFER_MAX: Bytes = Bytes::mib(8 << 10);
+
+/// What guests have windows of.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Grants")]
+pub(crate) struct BufferArgs {
+    /// A file that guests may have windows of under this name, without a copy for each: it is read once, as it is now
+    #[arg(long = "buffer", value_name = "NAME=FILE", value_parser = parse_buffer)]
+    buffers: Vec<(String, PathBuf)>,
+}
+
+impl BufferArgs {
+    /// Reads the files.
+    pub(crate) fn read(&self) -> Result<Vec<(String, Buffer)>, Error> {
+        let read = |(name, path): &(String, PathBuf)| {
+            let buffer = File::open(path).and_then(|file| Buffer::read(&file, BUFFER_MAX));
+            let buffer = buffer.map_err(|error| {
+                Error::Usage(format!("could not read `{}` for the buffer `{name}`: {error}", path.display()))
+            });
+            Ok((name.clone(), buffer?))
+        };
+        self.buffers.iter().map(read).collect()
+    }
+}
+
+fn parse_buffer(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((name, path)) if !name.is_empty() && !path.is_empty() => Ok((name.into(), path.into())),
+        _ => Err(format!("expected `NAME=FILE` such as `words=words.txt`, found `{text}`")),
+    }
+}
+
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Limits")]
 pub(crate) struct LimitArgs {
@@ -187,6 +223,9 @@ pub(crate) struct LimitArgs {
     /// The largest file that it may write, one that its output is sent to included; not with `--isolation thread`
     #[arg(long, value_name = "SIZE", default_value = "1GiB")]
     file_size: Bytes,
+    /// The most threads that it may have at once beside its main thread, when it can have some
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    threads: u32,
 }
 
 /// What is compiled without being asked twice.
@@ -281,6 +320,7 @@ impl LimitArgs {
             message_max,
             open_files: self.open_files,
             file_size: self.file_size,
+            threads: self.threads,
         }
     }
 }

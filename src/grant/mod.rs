@@ -27,6 +27,16 @@ pub struct Grants {
 }
 
 impl Grants {
+    /// With variables that tell the libraries of threads how many to make, unless they are given already.
+    pub(crate) fn telling_threads(mut self, count: u32) -> Self {
+        for name in ["RAYON_NUM_THREADS", "OMP_NUM_THREADS"] {
+            if !self.env.iter().any(|(given, _)| given == name) {
+                self.env.push((name.into(), count.to_string()));
+            }
+        }
+        self
+    }
+
     /// Sees that what is granted is there, before anything is started.
     ///
     /// # Errors

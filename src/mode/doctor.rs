@@ -383,6 +383,7 @@ impl Stage {
             ports: vec![],
             purpose: Purpose::Guest,
             namespaces: false,
+            threads: 0,
             bounds: BOUNDS,
             without: without.to_vec(),
         }

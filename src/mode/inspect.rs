@@ -45,13 +45,10 @@ pub fn inspect(path: &Path) -> Result<Report, Error> {
     let refused: Vec<Refused> = inspection
         .imports
         .iter()
-        .filter(|import| !offered(inspection.form, import))
+        .filter(|import| !offered(&inspection, import))
         .map(|import| Refused { import: import.clone(), hint: import_hint(import) })
         .collect();
-    let modes = match inspection.shape {
-        Some(shape) if refused.is_empty() => shape.modes(inspection.form).to_vec(),
-        _ => vec![],
-    };
+    let modes = if refused.is_empty() { inspection.modes().to_vec() } else { vec![] };
     let imports = |part: &str| inspection.imports.iter().any(|import| import.contains(part));
     let mut flags = vec![];
     if imports("wasi:filesystem/preopens") || imports("::fd_prestat_get") {
@@ -66,7 +63,7 @@ pub fn inspect(path: &Path) -> Result<Report, Error> {
     if imports("wasi:sockets/tcp") {
         flags.push("--tcp");
     }
-    if imports("wrun:guest/worker") && inspection.form == Form::Component {
+    if imports("wrun:guest/worker") && (inspection.form == Form::Component || inspection.has_threads()) {
         flags.push("--data");
     }
     Ok(Report { name, inspection, modes, flags, refused })

@@ -5,10 +5,12 @@ pub mod command;
 mod compile;
 pub mod doctor;
 mod inspect;
+pub mod threads;
 
 pub use self::{
     cluster::Cluster,
     command::{Child, Command, Fork, Output, Run, exec, fork},
     compile::Compile,
     inspect::{Refused, Report, inspect},
+    threads::Threads,
 };

@@ -1,7 +1,8 @@
 //! The child's end: how a process becomes a worker, and what it says while it is one.
 
 use std::{
-    io::{self, Read},
+    collections::VecDeque,
+    io,
     os::{
         fd::{FromRawFd, OwnedFd},
         unix::{net::UnixStream, process::CommandExt},
@@ -21,7 +22,7 @@ use rustix::{
 };
 
 use crate::process::{
-    ARG0, Hello, jail,
+    ARG0, FDS_MAX, Hello, jail,
     wire::{Incoming, Kind, Outgoing, VERSION},
 };
 
@@ -34,8 +35,10 @@ pub(crate) struct Start {
     pub(crate) hello: Hello,
     /// The descriptors that came with the hello, in order.
     pub(crate) fds: Vec<OwnedFd>,
-    /// Bytes that came after the hello.
+    /// Bytes that came after the hello, ...
     pub(crate) incoming: Incoming,
+    /// ... and the descriptors that came with them.
+    pub(crate) following: VecDeque<OwnedFd>,
 }
 
 /// Whether this process was started as a child of a primary, by its own name.
@@ -124,9 +127,7 @@ pub(crate) fn start() -> io::Result<Start> {
     let socket = UnixStream::from(unsafe { OwnedFd::from_raw_fd(0) });
     let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
 
-    let mut incoming = Incoming::new(u32::MAX);
-    let mut fds = receive(&socket, &mut incoming)?;
-    let mut socket = socket;
+    let (mut incoming, mut fds, mut bytes) = (Incoming::new(u32::MAX), VecDeque::new(), vec![0; RECEIVED]);
     let hello: Hello = loop {
         match incoming.next().map_err(io::Error::other)? {
             Some(frame) if frame.kind == Kind::Hello => {
@@ -135,13 +136,11 @@ pub(crate) fn start() -> io::Result<Start> {
             Some(_) => return Err(invalid("expected a hello")),
             None => {}
         }
-        let space = incoming.space();
-        let length = space.len();
-        space.resize(space.capacity(), 0);
-        let read = socket.read(&mut space[length..]);
-        space.truncate(length + *read.as_ref().unwrap_or(&0));
-        if read? == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+        // what follows the hello may come with it, and so may the descriptors of that
+        match receive_more(&socket, &mut bytes, &mut incoming, &mut fds, RecvFlags::empty()) {
+            Err(Errno::INTR) => {}
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            received => _ = received?,
         }
     };
     if hello.version != VERSION {
@@ -150,33 +149,45 @@ pub(crate) fn start() -> io::Result<Start> {
     if rustix::process::getppid().map(Pid::as_raw_pid) != Some(hello.parent) {
         return Err(invalid("the primary is gone"));
     }
-    fds.truncate(hello.fds);
-    Ok(Start { socket, hello, fds, incoming })
+    let following = fds.split_off(hello.fds.min(fds.len()));
+    Ok(Start { socket, hello, fds: fds.into(), incoming, following })
 }
 
-/// Receives the first bytes and the descriptors that come with them.
-fn receive(socket: &UnixStream, incoming: &mut Incoming) -> io::Result<Vec<OwnedFd>> {
-    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let mut bytes = [0; 1024];
-    let received = loop {
-        let mut slices = [io::IoSliceMut::new(&mut bytes)];
-        match rustix::net::recvmsg(socket, &mut slices, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
-            Err(Errno::INTR) => {}
-            other => break other?.bytes,
-        }
-    };
-    if received == 0 {
-        return Err(io::ErrorKind::UnexpectedEof.into());
+/// How much is received at once while there is no hello.
+const RECEIVED: usize = 16 << 10;
+
+/// Receives some bytes, by way of a buffer, and the descriptors that come with them. How many bytes. What lacks of a long
+/// frame, with which no descriptor can come any more, goes where it belongs at once.
+///
+/// # Errors
+/// As the system says.
+pub(crate) fn receive_more(
+    socket: &UnixStream,
+    buffer: &mut [u8],
+    incoming: &mut Incoming,
+    fds: &mut VecDeque<OwnedFd>,
+    flags: RecvFlags,
+) -> rustix::io::Result<usize> {
+    let missing = incoming.missing();
+    if missing >= buffer.len() {
+        let space = incoming.space();
+        let length = space.len();
+        let (_, received) = rustix::net::recv(socket, &mut space.spare_capacity_mut()[..missing], flags)?;
+        // SAFETY: the system has written so many bytes behind those that were there.
+        unsafe { space.set_len(length + received) };
+        return Ok(received);
     }
-    incoming.space().extend_from_slice(&bytes[..received]);
-    let mut fds = vec![];
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut slices = [io::IoSliceMut::new(buffer)];
+    let received = rustix::net::recvmsg(socket, &mut slices, &mut ancillary, flags | RecvFlags::CMSG_CLOEXEC)?.bytes;
     for message in ancillary.drain() {
         if let RecvAncillaryMessage::ScmRights(received) = message {
             fds.extend(received);
         }
     }
-    Ok(fds)
+    incoming.space().extend_from_slice(&buffer[..received]);
+    Ok(received)
 }
 
 /// What a child has to say, written in batches by whoever comes by: the thread that runs the guest when it has a

@@ -22,6 +22,8 @@ pub(super) struct Filter {
     pub(super) files: Files,
     /// Whether it makes TCP connections. To where, Landlock and the engine decide.
     pub(super) connects: bool,
+    /// Whether its threads choose their cores.
+    pub(super) threads: bool,
     /// What the child is for.
     pub(super) purpose: Purpose,
 }
@@ -253,13 +255,19 @@ impl Filter {
         // asking how a signal is handled, what an abort sets, and what the first thread sets
         let may_set = [libc::SIGABRT, SIGNAL_OF_THREADS].map(|signal| rule(&[equal(0, signal.cast_unsigned().into())]));
         list.insert(libc::SYS_rt_sigaction, may_set.into_iter().chain([rule(&[is_null(1)])]).collect());
+        if self.threads {
+            // of the calling thread
+            list.insert(libc::SYS_sched_setaffinity, vec![rule(&[equal(0, 0)])]);
+        }
         // asking for one's own bounds
         list.insert(libc::SYS_prlimit64, vec![rule(&[equal(0, 0), is_null(2)])]);
         list.insert(libc::SYS_prctl, vec![rule(&[equal(0, libc::PR_SET_NAME.cast_unsigned().into())])]);
         // the last two ask whether something is a terminal
         let requests = [PAGEMAP_SCAN, libc::FIONBIO, libc::TCGETS, libc::TIOCGWINSZ];
         list.insert(libc::SYS_ioctl, requests.map(|request| rule(&[equal(1, request)])).into());
-        let commands = [libc::F_GETFL, libc::F_SETFL, libc::F_GETFD, libc::F_SETFD, libc::F_DUPFD_CLOEXEC];
+        // the last one asks whether a buffer that came can still change
+        let commands =
+            [libc::F_GETFL, libc::F_SETFL, libc::F_GETFD, libc::F_SETFD, libc::F_DUPFD_CLOEXEC, libc::F_GET_SEALS];
         list.insert(libc::SYS_fcntl, commands.map(|command| rule(&[equal(1, command.cast_unsigned().into())])).into());
         let option = |(level, name): (i32, i32)| {
             rule(&[equal(1, level.cast_unsigned().into()), equal(2, name.cast_unsigned().into())])

@@ -46,6 +46,8 @@ pub(crate) struct Jail {
     /// Whether it leaves the users and the IPC of the system, and without ports its network, where that is allowed. No
     /// other wall needs it, and the kernel takes its time for it.
     pub(crate) namespaces: bool,
+    /// How many threads its guest may have beside the first, which are spread over the cores.
+    pub(crate) threads: u32,
     /// What it may spend.
     pub(crate) bounds: Bounds,
     /// Walls that are left out, so that the others can be seen to hold alone; none for a child that gets a guest.
@@ -143,7 +145,7 @@ impl Jail {
 
         // There, nobody has the user's other processes, and so threads can be counted.
         if self.namespaces && super::child::enter_namespaces(self.ports.is_empty()).is_ok() {
-            bound_threads();
+            bound_threads(self.threads.into());
         }
         // Root is a name only. Before the filter, which would refuse it.
         if !self.without.contains(&Wall::Privileges)
@@ -243,6 +245,7 @@ impl Jail {
                 Some(false) => Files::Change,
             },
             connects: !self.ports.is_empty(),
+            threads: self.threads > 0,
             purpose: self.purpose,
         }
     }
@@ -250,13 +253,13 @@ impl Jail {
 
 /// Bounds the threads of a user who has one process: more than wrun starts anywhere, and far less than a system has room
 /// for. The kernel does not hold root to it.
-fn bound_threads() {
+fn bound_threads(guests: u64) {
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
-    let bound = Some(THREADS + cores);
+    let bound = Some(THREADS + cores + guests);
     let _ = setrlimit(Resource::Nproc, Rlimit { current: bound, maximum: bound });
 }
 
-/// Threads that a process may have beside one for each core.
+/// Threads that a process may have beside one for each core and those of its guest.
 pub(crate) const THREADS: u64 = 64;
 
 /// What may be done in a granted folder: all that WASI has, and neither run programs nor make devices or sockets.

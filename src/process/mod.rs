@@ -21,7 +21,7 @@ use std::{
     future::{Future, poll_fn},
     io::{self, IoSlice, Write},
     os::{
-        fd::{BorrowedFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::{net::UnixStream as StdStream, process::CommandExt},
     },
     path::PathBuf,
@@ -34,7 +34,11 @@ use std::{
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sockopt};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
-use tokio::{io::AsyncReadExt, net::UnixStream, runtime::Runtime};
+use tokio::{
+    io::{AsyncReadExt, Interest},
+    net::UnixStream,
+    runtime::Runtime,
+};
 
 pub use self::jail::Isolation;
 pub(crate) use self::{
@@ -46,7 +50,7 @@ use self::{
     pidfd::Pidfd,
     wire::{Frame, Incoming, Kind, Outgoing, VERSION, WireError},
 };
-use crate::{Error, limits::Bytes, outcome::End, signal::Signal};
+use crate::{Error, buffer::BUFFERS_MAX, limits::Bytes, outcome::End, signal::Signal};
 
 /// The name under which children run.
 const ARG0: &str = "wrun-worker";
@@ -56,6 +60,9 @@ const SEND_BUFFER: usize = 1 << 20;
 
 /// How long a child may take to read what does not fit into its socket. It has not met its guest then.
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
+
+/// The most descriptors that come with a hello: a dozen, and buffers.
+const FDS_MAX: usize = 12 + BUFFERS_MAX;
 
 /// How much is read from one child before others get their turn.
 const READ_TURN: usize = 1 << 20;
@@ -210,7 +217,7 @@ impl Process {
         };
         let mut outgoing = Outgoing::default();
         outgoing.push(Kind::Hello, 0, &serde_json::to_vec(&hello).expect("plain data has a JSON form"));
-        let mut all = vec![std::os::fd::AsFd::as_fd(&page)];
+        let mut all = vec![page.as_fd()];
         all.extend_from_slice(fds);
         // all of it: nobody may look at this child before it has something to say
         ours.set_write_timeout(Some(HELLO_WITHIN))?;
@@ -252,8 +259,12 @@ impl Process {
 
     /// Writes what can be written without waiting. An error shows when the process is looked at.
     pub(crate) fn flush(&mut self) {
-        while !self.outgoing.pending().is_empty() {
-            match self.socket.try_write(self.outgoing.pending()) {
+        while let (bytes @ [_, ..], fd) = self.outgoing.next() {
+            let written = match fd {
+                None => self.socket.try_write(bytes),
+                Some(fd) => self.socket.try_io(Interest::WRITABLE, || send_with(&self.socket, bytes, &[fd])),
+            };
+            match written {
                 Ok(count) => self.outgoing.advance(count),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 // a closed socket: the process is gone or going
@@ -399,10 +410,10 @@ impl Process {
 }
 
 /// Sends the first bytes, and descriptors with them.
-fn send_with(socket: &StdStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
+fn send_with(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
     // an empty socket takes this much at once; the descriptors go with the first byte
     let bytes = &bytes[..bytes.len().min(1024)];
-    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "more descriptors than a hello can carry"));

@@ -7,8 +7,13 @@
 //! | 8 | id: which task the frame is about, 0 when it is about none; little-endian |
 //! | n | body, mostly JSON |
 //!
-//! The primary opens with a [`Kind::Hello`], whose body names the version of all this. Pure: bytes in, frames out. A
+//! A descriptor may come with a frame, with its first byte. The primary opens with a [`Kind::Hello`], whose body names the version of all this. Pure: bytes in, frames out. A
 //! frame that is too long is refused by its first four bytes, before there is memory for it.
+
+use std::{
+    collections::VecDeque,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
 
 /// The version of the frames; both ends are the same binary, so a difference is a mistake and not to be bridged.
 pub(crate) const VERSION: u32 = 1;
@@ -60,6 +65,8 @@ pub(crate) enum Kind {
     Walls = 19,
     /// To the primary: the guest was refused something of the network; the body says what, and which grant it lacks.
     Denied = 20,
+    /// To the worker: a buffer comes with this, and the body is its name.
+    Buffer = 21,
 }
 
 impl Kind {
@@ -85,6 +92,7 @@ impl Kind {
             18 => Self::Warning,
             19 => Self::Walls,
             20 => Self::Denied,
+            21 => Self::Buffer,
             _ => return None,
         })
     }
@@ -128,12 +136,17 @@ impl Incoming {
             self.taken = 0;
         }
         // one read for all that a busy peer has queued; the rest of a long frame at once
-        let missing = match self.buffer.first_chunk::<4>() {
-            Some(length) => HEADER + u32::from_le_bytes(*length).min(self.body_max) as usize,
-            None => 0,
-        };
-        self.buffer.reserve(missing.saturating_sub(self.buffer.len()).max(READ));
+        self.buffer.reserve(self.missing().max(READ));
         &mut self.buffer
+    }
+
+    /// How many bytes are to come of the frame that has begun, as far as that is known.
+    pub(crate) fn missing(&self) -> usize {
+        let rest = &self.buffer[self.taken..];
+        rest.first_chunk::<4>().map_or(0, |length| {
+            let length = u32::from_le_bytes(*length).min(self.body_max) as usize;
+            (HEADER + length).saturating_sub(rest.len())
+        })
     }
 
     /// Whether all that came was taken.
@@ -166,6 +179,8 @@ const READ: usize = 64 << 10;
 pub(crate) struct Outgoing {
     buffer: Vec<u8>,
     written: usize,
+    /// Those that go with a frame, by where in the buffer that begins.
+    fds: VecDeque<(usize, OwnedFd)>,
 }
 
 impl Outgoing {
@@ -182,14 +197,36 @@ impl Outgoing {
         self.buffer.extend_from_slice(body);
     }
 
+    /// Adds a frame with a descriptor.
+    ///
+    /// # Panics
+    /// As [`Outgoing::push`].
+    pub(crate) fn push_with(&mut self, kind: Kind, id: u64, body: &[u8], fd: OwnedFd) {
+        self.fds.push_back((self.buffer.len(), fd));
+        self.push(kind, id, body);
+    }
+
     /// Takes over all frames of another one.
     pub(crate) fn append(&mut self, other: &mut Self) {
         if self.buffer.is_empty() {
             std::mem::swap(self, other);
         } else {
+            let (end, taken) = (self.buffer.len(), other.written);
+            self.fds.extend(other.fds.drain(..).map(|(at, fd)| (at - taken + end, fd)));
             self.buffer.extend_from_slice(other.pending());
             other.advance(other.pending().len());
         }
+    }
+
+    /// What is written next: bytes, and the descriptor that goes with the first of them.
+    pub(crate) fn next(&self) -> (&[u8], Option<BorrowedFd<'_>>) {
+        let mut fds = self.fds.iter();
+        let mut following = fds.next();
+        let fd = following.filter(|(at, _)| *at == self.written).map(|(_, fd)| fd.as_fd());
+        if fd.is_some() {
+            following = fds.next();
+        }
+        (&self.buffer[self.written..following.map_or(self.buffer.len(), |(at, _)| *at)], fd)
     }
 
     /// The bytes that wait.
@@ -200,11 +237,15 @@ impl Outgoing {
     /// Notes that the first `count` of them are written.
     pub(crate) fn advance(&mut self, count: usize) {
         self.written += count;
+        while self.fds.pop_front_if(|(at, _)| *at < self.written).is_some() {}
         if self.written == self.buffer.len() {
             self.buffer.clear();
             self.written = 0;
         } else if self.written > 1 << 20 && self.written * 2 > self.buffer.len() {
             self.buffer.drain(..self.written);
+            for (at, _) in &mut self.fds {
+                *at -= self.written;
+            }
             self.written = 0;
         }
     }
@@ -232,6 +273,8 @@ mod tests {
             let mut count = 0;
             for piece in whole.chunks(step) {
                 incoming.space().extend_from_slice(piece);
+                let before = incoming.missing();
+                assert!(before <= whole.len(), "no more than there is");
                 while let Some(frame) = incoming.next().expect("frames") {
                     assert_eq!((frame.kind, frame.id, frame.body), frames[count]);
                     count += 1;
@@ -257,14 +300,54 @@ mod tests {
 
     #[test]
     fn an_unknown_kind_is_refused() {
-        for kind in [0, 21, 255] {
+        for kind in [0, 22, 255] {
             let mut incoming = Incoming::new(100);
             incoming.space().extend_from_slice(&[0, 0, 0, 0, kind, 0, 0, 0, 0, 0, 0, 0, 0]);
             assert_eq!(incoming.next(), Err(WireError::UnknownKind { kind }));
         }
-        for kind in 1..=20 {
+        for kind in 1..=21 {
             assert_eq!(Kind::from_byte(kind).map(|kind| kind as u8), Some(kind));
         }
+    }
+
+    #[test]
+    fn descriptors_stay_with_their_frames() {
+        let null = || OwnedFd::from(std::fs::File::open("/dev/null").expect("it is there"));
+        let mut first = Outgoing::default();
+        first.push(Kind::Task, 1, &vec![0; 3 << 20]);
+        first.push_with(Kind::Buffer, 0, b"a", null());
+        first.push_with(Kind::Buffer, 0, b"b", null());
+        let mut second = Outgoing::default();
+        second.push(Kind::Task, 2, b"2");
+        second.push_with(Kind::Buffer, 0, b"c", null());
+        second.push(Kind::Task, 3, b"3");
+        // past one frame, so that what is taken over begins within a buffer
+        second.advance(HEADER + 1);
+        // and far enough into the other that what is written of it is given up
+        first.advance(HEADER + (2 << 20));
+        first.append(&mut second);
+        let mut incoming = Incoming::new(4 << 20);
+        let mut header = Outgoing::default();
+        header.push(Kind::Task, 1, &vec![0; 3 << 20]);
+        incoming.space().extend_from_slice(&header.pending()[..HEADER + (2 << 20)]);
+        let (mut with, mut names) = (vec![], vec![]);
+        while let (bytes @ [_, ..], fd) = first.next() {
+            // a descriptor goes once, with the first byte of what is written
+            let count = bytes.len().min(700_001);
+            if fd.is_some() {
+                with.push(bytes[HEADER..].to_vec());
+            }
+            incoming.space().extend_from_slice(&bytes[..count]);
+            first.advance(count);
+        }
+        while let Some(frame) = incoming.next().expect("frames") {
+            if frame.kind == Kind::Buffer {
+                names.push(frame.body.to_vec());
+            }
+        }
+        assert_eq!(names, [b"a", b"b", b"c"]);
+        assert_eq!(with.iter().map(|bytes| bytes[0]).collect::<Vec<_>>(), b"abc");
+        assert_eq!((first.fds.len(), second.fds.len()), (0, 0));
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //! | n | the guest's [`Inspection`] as JSON |
 //! | 4 | n, little-endian |
 //! | 32 | SHA-256 of everything before |
-//! | 8 | `wrun.2\r\n` |
+//! | 8 | `wrun.3\r\n` |
 //!
 //! The check finds damage, not malice: whoever can write the file can make the check fit. So packed code is only taken
 //! from where nobody else may write (the cache), from our own hands, or when the user vouches for it.
@@ -25,11 +25,16 @@ use wasmtime::{Engine, Module, component::Component, error::OutOfMemory};
 
 use crate::{
     limits::CompileLimits,
-    sandbox::{Form, Inspection, LoadError, guest, precheck},
+    sandbox::{
+        Form, Inspection, LoadError,
+        engine::Engines,
+        guest, precheck,
+        threads::{OWN_IMPORTS, check_contract, rewrite},
+    },
 };
 
 /// Ends every packed file, and is part of its name in the cache: another number for another form of what is packed.
-pub(crate) const MAGIC: &[u8; 8] = b"wrun.2\r\n";
+pub(crate) const MAGIC: &[u8; 8] = b"wrun.3\r\n";
 const TRAILER: usize = 4 + 32 + 8;
 
 /// Compiled code in a file that is whole.
@@ -41,36 +46,49 @@ pub(crate) struct Code {
 }
 
 /// Compiled code that this process has just made, packed.
-#[derive(Debug)]
 pub(crate) struct Packed {
     /// What its file holds.
     bytes: Vec<u8>,
+    /// What it was compiled for.
+    pub(super) engine: Engine,
     /// What the guest is.
     pub(crate) inspection: Inspection,
 }
 
-/// Compiles a guest (binary or text) within the limits and packs the result.
+/// Compiles a guest (binary or text) within the limits, for the engine that it needs, and packs the result.
 ///
 /// # Errors
 /// When it is no guest, not valid, or beyond a limit.
-pub(crate) fn compile(engine: &Engine, bytes: Vec<u8>, limits: &CompileLimits) -> Result<Packed, LoadError> {
-    let wasm = guest::binary(bytes)?;
+pub(crate) fn compile(engines: &Engines, bytes: Vec<u8>, limits: &CompileLimits) -> Result<Packed, LoadError> {
+    let mut wasm = guest::binary(bytes)?;
     let inspection = Inspection::of(&wasm)?;
     precheck(&wasm, limits)?;
+    let invalid = |reason: String| LoadError::Invalid { reason };
+    if inspection.has_threads() {
+        if inspection.imports.iter().chain(&inspection.exports).any(|name| name.starts_with("wrun:guest/")) {
+            check_contract(&wasm)?;
+        }
+        // what the rewriting adds is not a guest's to call
+        if let Some(import) = inspection.imports.iter().find(|import| import.starts_with(OWN_IMPORTS)) {
+            return Err(LoadError::UnknownImport { import: import.clone() });
+        }
+        wasm = rewrite(&wasm, engines.spec.epoch_checks)?;
+    }
+    let engine = engines.of(&inspection).map_err(|error| invalid(guest::one_line(&format!("{error:#}"))))?;
     let compiled = match inspection.form {
         Form::Component => engine.precompile_component(&wasm),
         Form::Module => engine.precompile_module(&wasm),
     };
     let mut packed = compiled.map_err(|error| match error.downcast_ref::<OutOfMemory>() {
         Some(_) => LoadError::CompileMemory { limit: limits.memory },
-        None => LoadError::Invalid { reason: guest::one_line(&format!("{error:#}")) },
+        None => invalid(guest::one_line(&format!("{error:#}"))),
     })?;
     let meta = serde_json::to_vec(&inspection).expect("plain data has a JSON form");
     packed.extend_from_slice(&meta);
     packed.extend_from_slice(&u32::try_from(meta.len()).expect("bounded by the guest's size").to_le_bytes());
     packed.extend_from_slice(&Sha256::digest(&packed));
     packed.extend_from_slice(MAGIC);
-    Ok(Packed { bytes: packed, inspection })
+    Ok(Packed { bytes: packed, engine, inspection })
 }
 
 impl Packed {
@@ -80,15 +98,15 @@ impl Packed {
     }
 
     /// Maps a component, copied.
-    pub(crate) fn component(&self, engine: &Engine) -> wasmtime::Result<Component> {
+    pub(super) fn component(&self) -> wasmtime::Result<Component> {
         // SAFETY: these bytes are what `compile`, the only maker of this type, got from the engine.
-        unsafe { Component::deserialize(engine, &self.bytes) }
+        unsafe { Component::deserialize(&self.engine, &self.bytes) }
     }
 
     /// Maps a core module, copied.
-    pub(crate) fn module(&self, engine: &Engine) -> wasmtime::Result<Module> {
+    pub(super) fn module(&self) -> wasmtime::Result<Module> {
         // SAFETY: as in `component`.
-        unsafe { Module::deserialize(engine, &self.bytes) }
+        unsafe { Module::deserialize(&self.engine, &self.bytes) }
     }
 }
 
@@ -152,12 +170,13 @@ fn unpack(bytes: &[u8]) -> Option<Inspection> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{limits::Bytes, sandbox::EngineSpec};
 
     #[test]
     fn any_damage_is_seen() {
-        let engine = Engine::default();
+        let spec = EngineSpec { epoch_checks: false, fuel: false, stack: Bytes::kib(512), pool: None };
         let wat = b"(module (func (export \"_start\")))".to_vec();
-        let packed = compile(&engine, wat, &CompileLimits::default()).expect("valid").bytes;
+        let packed = compile(&spec.engines().expect("an engine"), wat, &CompileLimits::default()).expect("valid").bytes;
         assert_eq!(unpack(&packed).expect("whole").exports, ["_start"]);
         for at in (0..packed.len()).step_by(7).chain(packed.len() - TRAILER..packed.len()) {
             let mut damaged = packed.clone();

@@ -33,6 +33,19 @@ pub(crate) struct Pool {
     pub(crate) memory: Bytes,
 }
 
+/// The engines of a compiler, made when there is need for them. The first one prepares the process, by signal handlers, and
+/// must be there before that is forbidden; more of them are plain data.
+pub(crate) struct Engines {
+    pub(super) spec: EngineSpec,
+    pub(crate) ordinary: Engine,
+}
+
+impl Engines {
+    pub(super) fn of(&self, guest: &Inspection) -> wasmtime::Result<Engine> {
+        if guest.has_threads() { self.spec.engine(guest) } else { Ok(self.ordinary.clone()) }
+    }
+}
+
 /// Core instances that one guest may have: a plain component of `wasm32-wasip2` has 3, linked languages about 20.
 pub(super) const CORE_INSTANCES_MAX: u32 = 32;
 /// Linear memories that one guest may have.
@@ -43,20 +56,35 @@ pub(super) const TABLES_MAX: u32 = 8;
 pub(super) const TABLE_ELEMENTS_MAX: usize = 100_000;
 
 /// What host calls may need on top of a guest's stack: as much as the engine's defaults leave.
-const HOST_STACK: usize = 3 << 19;
+pub(super) const HOST_STACK: usize = 3 << 19;
 
 impl EngineSpec {
-    /// Makes the engine.
+    /// Makes the engine for a guest.
     ///
-    /// Threads and WASI 0.3 are off: ordinary guests do not need them, and they are the younger part of the engine.
-    pub(crate) fn engine(&self) -> wasmtime::Result<Engine> {
+    /// WASI 0.3 is off, and threads are for those that share their memory: others do not need them, and they are the younger
+    /// part of the engine.
+    pub(crate) fn engine(&self, guest: &Inspection) -> wasmtime::Result<Engine> {
+        self.engine_with(guest.has_threads())
+    }
+
+    /// Makes the engine for whatever guest is compiled. What compiled code is kept under is the fingerprint of the ordinary
+    /// one, for all guests: which of them has threads is decided by its content.
+    pub(crate) fn engines(self) -> wasmtime::Result<Engines> {
+        Ok(Engines { ordinary: self.engine_with(false)?, spec: self })
+    }
+
+    fn engine_with(&self, threads: bool) -> wasmtime::Result<Engine> {
         let mut config = Config::new();
         config
             .wasm_component_model(true)
             // what C++ throws; of the engine's garbage collector, which keeps that, guests have nothing else
             .wasm_exceptions(true)
             .wasm_gc(false)
+            .wasm_threads(threads)
+            .shared_memory(threads)
             .concurrency_support(false)
+            // under a window it must not; nobody's does, since what is reserved is all that a guest can address
+            .memory_may_move(false)
             .epoch_interruption(self.epoch_checks)
             .consume_fuel(self.fuel)
             // else a variable of the environment decides, which a child does not have
@@ -74,12 +102,17 @@ impl EngineSpec {
     pub(crate) fn instances_data(&self, memory: Bytes, guest: &Inspection) -> u64 {
         // one more, as in `Pool::config`
         let instances = self.pool.map_or(1, |pool| u64::from(pool.instances) + 1);
-        let stack = self.stack.0.saturating_add(HOST_STACK as u64);
-        let tables = u64::from(TABLES_MAX) * TABLE_ELEMENTS_MAX as u64 * size_of::<usize>() as u64;
         // together they are within the limit, but each may keep what it had for the next instance
-        let memories = guest.memories.clamp(1, MEMORIES_MAX) + u32::from(guest.throws);
+        let memories = guest.memories + u32::from(guest.has_threads());
+        let memories = memories.clamp(1, MEMORIES_MAX) + u32::from(guest.throws);
         let memories = memory.0.saturating_mul(memories.into());
-        instances.saturating_mul(memories.saturating_add(stack).saturating_add(tables))
+        instances.saturating_mul(memories.saturating_add(self.thread_data()))
+    }
+
+    /// What an instance takes beside its memories, which is all that one more of a guest's threads takes.
+    pub(crate) fn thread_data(&self) -> u64 {
+        let tables = u64::from(TABLES_MAX) * TABLE_ELEMENTS_MAX as u64 * size_of::<usize>() as u64;
+        self.stack.0.saturating_add(HOST_STACK as u64).saturating_add(tables)
     }
 
     /// A hash of all that decides whether packed code fits: how it is packed, the engine's version and flags, this

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
-use wasmparser::{Encoding, Parser, Payload, WasmFeatures};
+use wasmparser::{Encoding, MemoryType, Parser, Payload, TypeRef, WasmFeatures};
 
 use crate::sandbox::LoadError;
 
@@ -32,6 +32,9 @@ pub struct Inspection {
     pub memories: u32,
     /// Whether it throws exceptions; the engine keeps them in a heap beside its memories.
     pub throws: bool,
+    /// The name of the shared memory that it imports: then it can have threads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shared_memory: Option<String>,
 }
 
 /// How a guest is packed.
@@ -58,12 +61,13 @@ pub enum Shape {
 
 impl Shape {
     /// The modes that can run it.
-    #[must_use]
-    pub fn modes(self, form: Form) -> &'static [&'static str] {
+    pub(super) fn modes(self, form: Form, threads: bool) -> &'static [&'static str] {
         match (self, form) {
+            (Self::Command, _) if threads => &["threads", "run", "spawn", "exec", "fork"],
             (Self::Command, _) => &["run", "spawn", "exec", "fork"],
-            (Self::Handler, Form::Component) => &["cluster", "fork"],
+            (Self::Handler, Form::Component) => &["cluster", "fork", "threads"],
             (Self::Http, Form::Component) => &["cluster"],
+            (Self::Handler, Form::Module) if threads => &["threads"],
             (Self::Handler | Self::Http, Form::Module) => &[],
         }
     }
@@ -107,6 +111,7 @@ impl Inspection {
             memory_min: 0,
             memories: 0,
             throws: false,
+            shared_memory: None,
         };
         // sections of modules inside of a component count for its size but not for what it imports
         let mut depth = 0u32;
@@ -127,7 +132,15 @@ impl Inspection {
                 Payload::ImportSection(section) if depth == 0 => {
                     for import in section.into_imports() {
                         let import = import.map_err(invalid)?;
-                        add(&mut found.imports, format!("{}::{}", import.module, import.name))?;
+                        let name = format!("{}::{}", import.module, import.name);
+                        if let TypeRef::Memory(memory) = import.ty {
+                            // an imported one is not among those that are defined
+                            found.memory_min = found.memory_min.saturating_add(bytes_of(&memory));
+                            if memory.shared {
+                                found.shared_memory = Some(name.clone());
+                            }
+                        }
+                        add(&mut found.imports, name)?;
                     }
                 }
                 Payload::ExportSection(section) if depth == 0 => {
@@ -152,9 +165,7 @@ impl Inspection {
                 Payload::MemorySection(section) => {
                     found.memories = found.memories.saturating_add(section.count());
                     for memory in section {
-                        let memory = memory.map_err(invalid)?;
-                        let page = 1u64.checked_shl(memory.page_size_log2.unwrap_or(16)).unwrap_or(u64::MAX);
-                        found.memory_min = found.memory_min.saturating_add(memory.initial.saturating_mul(page));
+                        found.memory_min = found.memory_min.saturating_add(bytes_of(&memory.map_err(invalid)?));
                     }
                 }
                 Payload::TagSection(section) => found.throws |= section.count() > 0,
@@ -164,6 +175,18 @@ impl Inspection {
         }
         found.shape = found.shape_by_exports();
         Ok(found)
+    }
+
+    /// Whether it can have threads, which share a memory.
+    #[must_use]
+    pub fn has_threads(&self) -> bool {
+        self.shared_memory.is_some()
+    }
+
+    /// The modes that can run it, when it imports nothing that is not offered.
+    #[must_use]
+    pub fn modes(&self) -> &'static [&'static str] {
+        self.shape.map_or(&[], |shape| shape.modes(self.form, self.has_threads()))
     }
 
     fn shape_by_exports(&self) -> Option<Shape> {
@@ -180,6 +203,12 @@ impl Inspection {
     }
 }
 
+/// What a memory starts with.
+fn bytes_of(memory: &MemoryType) -> u64 {
+    let page = 1u64.checked_shl(memory.page_size_log2.unwrap_or(16)).unwrap_or(u64::MAX);
+    memory.initial.saturating_mul(page)
+}
+
 /// The most imports or exports; the engine takes no more of a core module.
 const NAMES_MAX: usize = 1_000_000;
 
@@ -193,8 +222,15 @@ fn add(names: &mut Vec<String>, name: String) -> Result<(), LoadError> {
 }
 
 /// Whether wrun offers an import, by its name; whether the types agree shows when it is linked.
-pub(crate) fn offered(form: Form, import: &str) -> bool {
-    match form {
+pub(crate) fn offered(guest: &Inspection, import: &str) -> bool {
+    match guest.form {
+        Form::Module if guest.has_threads() => {
+            let ours = ["worker", "mailbox", "thread"].map(|name| format!("wrun:guest/{name}@0.1.0::"));
+            guest.shared_memory.as_deref() == Some(import)
+                || import == "wasi::thread-spawn"
+                || import.starts_with("wasi_snapshot_preview1::")
+                || ours.iter().any(|interface| import.starts_with(interface))
+        }
         Form::Module => import.starts_with("wasi_snapshot_preview1::"),
         Form::Component => import.split_once('@').is_some_and(|(interface, version)| {
             let wasi = ["cli", "clocks", "filesystem", "http", "io", "random", "sockets"];
@@ -215,11 +251,11 @@ pub(crate) fn import_hint(import: &str) -> &'static str {
         ("wasi:sockets/", "build the guest for WASI 0.2.x; sockets of other versions are not offered"),
         (
             "wasi::thread-spawn",
-            "threaded guests (wasm32-wasip1-threads) are not supported yet; build for wasm32-wasip2",
+            "threads share a memory, which the guest must import (`--target wasm32-wasip1-threads` does)",
         ),
         (
             "env::memory",
-            "guests with an imported memory are not supported yet; build for wasm32-wasip1 or wasm32-wasip2",
+            "a memory is imported by guests with threads only, and shared (`--target wasm32-wasip1-threads`)",
         ),
         ("wasi:", "wrun offers WASI 0.2; build the guest for that (`--target wasm32-wasip2`)"),
         ("wrun:guest/", "wrun offers wrun:guest@0.1.0; build the guest against that"),
@@ -293,17 +329,25 @@ mod tests {
 
     #[test]
     fn imports_are_known_by_name_and_version() {
-        for (form, import, expected) in [
-            (Form::Component, "wasi:cli/environment@0.2.9", true),
-            (Form::Component, "wasi:cli/environment@0.3.0", false),
-            (Form::Component, "wasi:http/types@0.2.0", true),
-            (Form::Component, "wasi:http/handler@0.3.0", false),
-            (Form::Component, "wrun:guest/worker@0.1.0", true),
-            (Form::Component, "host", false),
-            (Form::Module, "wasi_snapshot_preview1::fd_write", true),
-            (Form::Module, "wasi::thread-spawn", false),
+        let component = inspect("(component)");
+        let module = inspect("(module)");
+        let threads = inspect(r#"(module (import "env" "memory" (memory 1 2 shared)))"#);
+        for (guest, import, expected) in [
+            (&component, "wasi:cli/environment@0.2.9", true),
+            (&component, "wasi:cli/environment@0.3.0", false),
+            (&component, "wasi:http/types@0.2.0", true),
+            (&component, "wasi:http/handler@0.3.0", false),
+            (&component, "wrun:guest/worker@0.1.0", true),
+            (&component, "host", false),
+            (&module, "wasi_snapshot_preview1::fd_write", true),
+            (&module, "wasi::thread-spawn", false),
+            (&threads, "wasi::thread-spawn", true),
+            (&threads, "env::memory", true),
+            (&threads, "env::table", false),
+            (&threads, "wrun:guest/worker@0.1.0::get-data", true),
+            (&module, "wrun:guest/worker@0.1.0::get-data", false),
         ] {
-            assert_eq!(offered(form, import), expected, "{import}");
+            assert_eq!(offered(guest, import), expected, "{import}");
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    ops::Range,
     os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
@@ -38,9 +39,10 @@ use crate::{
         host::{
             BodyError, Network, Outbound, Respond, Scheme, Sockets,
             bindings::{HandlerGuest, wrun::guest as wit},
-            link_outbound, link_sockets,
+            link_outbound, link_sockets, link_window,
         },
         stdio::{Output, ReaderGone},
+        window::{Buffers, Windows},
     },
 };
 
@@ -69,6 +71,8 @@ pub(crate) struct Setup {
     pub(crate) head_max: limits::Bytes,
     /// What it reaches of the network.
     pub(crate) network: Arc<Network>,
+    /// What it can have windows of.
+    pub(crate) buffers: Arc<Buffers>,
 }
 
 /// The folder that a guest starts in, which lies in one that was granted.
@@ -129,6 +133,7 @@ impl Setup {
             shares_thread: false,
             head_max: limits::Bytes(0),
             network: Arc::default(),
+            buffers: Arc::default(),
         }
     }
 }
@@ -137,6 +142,8 @@ impl Setup {
 pub(crate) struct State {
     wasi: Wasi,
     pub(super) setup: Arc<Setup>,
+    /// Undone before the engine gets the memory back, which a store sees to.
+    pub(super) windows: Windows,
     limiter: Limiter,
 }
 
@@ -192,7 +199,7 @@ struct Limiter {
 struct OutOfMemory;
 
 /// What one call from the guest may make the host allocate, beside messages and what a core module reads and writes.
-const HOSTCALL_BYTES: usize = 8 << 20;
+pub(super) const HOSTCALL_BYTES: usize = 8 << 20;
 /// What the headers and trailers that a guest makes may take, each set of them, beside those that came with a request.
 /// That is more than [`HEADERS_MAX`](crate::limits::HEADERS_MAX) headers take beside their texts.
 const FIELDS_BYTES: usize = 32 << 10;
@@ -259,7 +266,8 @@ pub(super) fn link_component(linker: &mut Linker<State>, imports: &[String]) -> 
         link_outbound(linker)?;
     }
     wit::worker::add_to_linker::<_, wasmtime::component::HasSelf<State>>(linker, |state| state)?;
-    wit::mailbox::add_to_linker::<_, wasmtime::component::HasSelf<State>>(linker, |state| state)
+    wit::mailbox::add_to_linker::<_, wasmtime::component::HasSelf<State>>(linker, |state| state)?;
+    link_window(linker)
 }
 
 /// Links what core modules may import.
@@ -282,46 +290,55 @@ pub(super) fn is_start(export: Option<ExternType>) -> bool {
     matches!(export, Some(ExternType::Func(start)) if start.params().len() == 0 && start.results().len() == 0)
 }
 
+/// What a guest has of WASI, by its grants.
+///
+/// # Errors
+/// When something granted is not there.
+pub(super) fn wasi(setup: &Setup) -> Result<WasiCtxBuilder, LoadError> {
+    let mut wasi = WasiCtxBuilder::new();
+    wasi.args(&setup.args).envs(&setup.grants.env).max_random_size(RANDOM_MAX);
+    // where one guest runs at a time, a thread to read a file on would only cost
+    wasi.allow_blocking_current_thread(!setup.shares_thread);
+    wasi.allow_tcp(may_create_sockets(setup));
+    let network = setup.network.clone();
+    wasi.socket_addr_check(move |address, purpose| {
+        let allowed = match purpose {
+            // a connection has an address of ours, too, which the system chooses
+            SocketAddrUse::TcpBind => address.ip().is_unspecified() && address.port() == 0,
+            SocketAddrUse::TcpConnect => network.check_tcp(address),
+            _ => false,
+        };
+        Box::pin(std::future::ready(allowed))
+    });
+    for dir in &setup.grants.dirs {
+        let perms = if dir.read_only { FsPerms::ReadOnly } else { FsPerms::ReadWrite };
+        wasi.preopened_dir(&dir.host, &dir.guest, perms)
+            .map_err(|error| GrantError { grant: format!("--dir {dir}"), reason: format!("{error:#}") })?;
+    }
+    if let Some(cwd) = &setup.cwd {
+        let OpenCwd { guest, folder, read_only } = &**cwd;
+        let perms = if *read_only { FsPerms::ReadOnly } else { FsPerms::ReadWrite };
+        // programs that know nothing of a working directory take relative paths from the folder of this name
+        wasi.initial_cwd(guest)
+            .preopened_dir(format!("/proc/self/fd/{}", folder.as_raw_fd()), ".", perms)
+            .map_err(|error| GrantError { grant: format!("--cwd {guest}"), reason: format!("{error:#}") })?;
+    }
+    match &setup.stdio {
+        Stdio::Inherit => {
+            use crate::event::Stream::{Stderr, Stdout};
+            wasi.inherit_stdin().stdout(Output::Own(Stdout)).stderr(Output::Own(Stderr));
+        }
+        Stdio::Sink(sink) => {
+            use crate::event::Stream::{Stderr, Stdout};
+            wasi.stdout(Output::Sink(Stdout, sink.clone())).stderr(Output::Sink(Stderr, sink.clone()));
+        }
+    }
+    Ok(wasi)
+}
+
 impl State {
     fn new(setup: &Arc<Setup>, form: Form) -> Result<Self, LoadError> {
-        let mut wasi = WasiCtxBuilder::new();
-        wasi.args(&setup.args).envs(&setup.grants.env).max_random_size(RANDOM_MAX);
-        // where one guest runs at a time, a thread to read a file on would only cost
-        wasi.allow_blocking_current_thread(!setup.shares_thread);
-        wasi.allow_tcp(may_create_sockets(setup));
-        let network = setup.network.clone();
-        wasi.socket_addr_check(move |address, purpose| {
-            let allowed = match purpose {
-                // a connection has an address of ours, too, which the system chooses
-                SocketAddrUse::TcpBind => address.ip().is_unspecified() && address.port() == 0,
-                SocketAddrUse::TcpConnect => network.check_tcp(address),
-                _ => false,
-            };
-            Box::pin(std::future::ready(allowed))
-        });
-        for dir in &setup.grants.dirs {
-            let perms = if dir.read_only { FsPerms::ReadOnly } else { FsPerms::ReadWrite };
-            wasi.preopened_dir(&dir.host, &dir.guest, perms)
-                .map_err(|error| GrantError { grant: format!("--dir {dir}"), reason: format!("{error:#}") })?;
-        }
-        if let Some(cwd) = &setup.cwd {
-            let OpenCwd { guest, folder, read_only } = &**cwd;
-            let perms = if *read_only { FsPerms::ReadOnly } else { FsPerms::ReadWrite };
-            // programs that know nothing of a working directory take relative paths from the folder of this name
-            wasi.initial_cwd(guest)
-                .preopened_dir(format!("/proc/self/fd/{}", folder.as_raw_fd()), ".", perms)
-                .map_err(|error| GrantError { grant: format!("--cwd {guest}"), reason: format!("{error:#}") })?;
-        }
-        match &setup.stdio {
-            Stdio::Inherit => {
-                use crate::event::Stream::{Stderr, Stdout};
-                wasi.inherit_stdin().stdout(Output::Own(Stdout)).stderr(Output::Own(Stderr));
-            }
-            Stdio::Sink(sink) => {
-                use crate::event::Stream::{Stderr, Stdout};
-                wasi.stdout(Output::Sink(Stdout, sink.clone())).stderr(Output::Sink(Stderr, sink.clone()));
-            }
-        }
+        let mut wasi = wasi(setup)?;
         let wasi = match form {
             Form::Component => {
                 let mut table = ResourceTable::new();
@@ -339,7 +356,7 @@ impl State {
             }
         };
         let limiter = Limiter { memory: setup.limits.memory.as_usize(), memory_now: 0, memory_peak: 0 };
-        Ok(Self { wasi, setup: setup.clone(), limiter })
+        Ok(Self { wasi, setup: setup.clone(), windows: Windows::default(), limiter })
     }
 
     /// What it reaches of the network.
@@ -375,14 +392,8 @@ impl Instance {
             State::new(setup, program.form()).map_err(|error| error.end().with(Usage::wall(started.elapsed())))?;
         let mut store = Store::new(engine, state);
         store.limiter(|state| &mut state.limiter);
-        let most = match program.form() {
-            Form::Component => setup.limits.message_max.as_usize().saturating_mul(4),
-            // whole files go through one buffer, which may be as large as the memory that it lies in
-            Form::Module => setup.limits.memory.as_usize(),
-        };
-        store.set_hostcall_fuel(most.saturating_add(HOSTCALL_BYTES));
         store.set_max_component_handles(RESOURCES_MAX);
-        refill(&mut store, &setup.limits);
+        refill(&mut store, setup);
         let made = match program {
             Program::Handler(pre) => pre.instantiate_async(&mut store).await.map(Entry::Handler),
             Program::Http(pre) => pre.instantiate_async(&mut store).await.map(Entry::Http),
@@ -418,12 +429,23 @@ impl Instance {
     /// # Panics
     /// When the guest is no handler: the caller has looked.
     pub(crate) async fn handle(&mut self, message: String) -> Result<Answer, Outcome> {
+        self.handle_with(message, 0..0).await
+    }
+
+    /// As [`Instance::handle`], a message to which a range of the buffer that is written belongs.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) async fn handle_with(&mut self, message: String, own: Range<u64>) -> Result<Answer, Outcome> {
         let called = Instant::now();
         self.uses += 1;
         let setup = self.store.data().setup.clone();
-        refill(&mut self.store, &setup.limits);
+        refill(&mut self.store, &setup);
         let Entry::Handler(guest) = &self.entry else { unreachable!("tasks go to handlers only") };
-        match guest.wrun_guest_handler().call_handle(self.store.as_context_mut(), &message).await {
+        self.store.data_mut().windows.begin(own);
+        let answer = guest.wrun_guest_handler().call_handle(self.store.as_context_mut(), &message).await;
+        self.store.data_mut().windows.end();
+        match answer {
             Ok(Ok(Some(reply))) => Ok(Answer::Reply(reply)),
             Ok(Ok(None)) => Ok(Answer::NoReply),
             Ok(Err(reason)) => Ok(Answer::Error(reason)),
@@ -451,7 +473,7 @@ impl Instance {
         let called = Instant::now();
         self.uses += 1;
         let setup = self.store.data().setup.clone();
-        refill(&mut self.store, &setup.limits);
+        refill(&mut self.store, &setup);
         let Entry::Http(guest) = &self.entry else { unreachable!("requests go to http guests only") };
         let served = async {
             let mut http = self.store.data_mut().http();
@@ -490,7 +512,14 @@ impl Instance {
 }
 
 /// Sets what one call may use.
-fn refill(store: &mut Store<State>, limits: &Limits) {
+fn refill(store: &mut Store<State>, setup: &Setup) {
+    let limits = &setup.limits;
+    let most = match store.data().wasi {
+        Wasi::Component(_) if setup.buffers.is_empty() => limits.message_max.as_usize().saturating_mul(4),
+        // whole files go through one buffer, and regions become windows, which may be as large as the memory that they lie in
+        Wasi::Component(_) | Wasi::Module(_) => limits.memory.as_usize(),
+    };
+    store.set_hostcall_fuel(most.saturating_add(HOSTCALL_BYTES));
     // fails when fuel is not metered: then there is none to set
     let _ = store.set_fuel(limits.fuel.unwrap_or(u64::MAX));
     // With epoch checks the guest gives way at every tick, and whoever waits for it decides; without, this is nothing.
@@ -515,7 +544,7 @@ fn usage(store: &mut Store<State>, since: Instant, limits: &Limits) -> Usage {
 }
 
 /// How a failed call ended.
-fn end_of(error: &wasmtime::Error, limits: &Limits) -> End {
+pub(super) fn end_of(error: &wasmtime::Error, limits: &Limits) -> End {
     if let Some(I32Exit(code)) = error.downcast_ref() {
         return End::Exited { code: *code };
     }

@@ -9,14 +9,18 @@
 
 mod cache;
 mod code;
+mod cores;
 mod engine;
 mod guest;
 mod host;
 mod inspect;
 mod instance;
 mod instances;
+mod map;
 mod precheck;
 mod stdio;
+mod threads;
+mod window;
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
@@ -34,13 +38,17 @@ pub(crate) use self::{
     },
     inspect::{import_hint, offered},
     instance::{Answer, Cwd, Instance, Setup, cpu_ms},
+    map::Work,
     precheck::precheck,
     stdio::{OutputSink, Stdio},
+    threads::{Answers, Group, GroupSetup, NotTaken, Task},
+    window::{Buffers, Source as BufferSource},
 };
 pub use self::{
     cache::{Cache, Source},
     guest::Guest,
     inspect::{Form, Inspection, Shape},
+    threads::{OutOfBounds, SharedMemory, To},
 };
 use crate::{
     grant::GrantError,
@@ -164,6 +172,12 @@ pub enum LoadError {
         /// How many it may have.
         max: u64,
     },
+    /// It is to have threads, but shares no memory.
+    #[error("it imports no shared memory, in which its threads could work")]
+    NoThreads {
+        /// How it is packed.
+        form: Form,
+    },
     /// Another process says so.
     #[error("{reason}")]
     Reported {
@@ -194,6 +208,10 @@ fn found_shape(found: Option<Shape>, form: Form) -> String {
 }
 
 impl LoadError {
+    fn bad_start() -> Self {
+        Self::Invalid { reason: "`_start` must be a function without parameters and results".into() }
+    }
+
     const TOO_MANY_INSTANCES: Self = Self::TooMany { what: "core instances", max: CORE_INSTANCES_MAX as u64 };
 
     /// What to do next, when there is something.
@@ -201,7 +219,7 @@ impl LoadError {
     pub fn hint(&self) -> Option<String> {
         Some(match self {
             Self::UnknownImport { import } => inspect::import_hint(import).into(),
-            Self::WrongShape { found: Some(found), form, .. } => match found.modes(*form) {
+            Self::WrongShape { found: Some(found), form, .. } => match found.modes(*form, *found == Shape::Handler) {
                 [] => format!("no mode of wrun runs {} ({form}) yet", with_article(*found)),
                 // what it is likely to be for
                 [mode, ..] => format!("use `wrun {mode}`"),
@@ -217,6 +235,12 @@ impl LoadError {
             }
             Self::Precompiled { .. } => {
                 "make it again with `wrun compile -o`, by this wrun, with `--fuel` if it runs with that, and without `--epoch`".into()
+            }
+            Self::NoThreads { form: Form::Component } => {
+                "a handler that is a component works on the chunks of a file, each thread in an instance of its own: `--input FILE`".into()
+            }
+            Self::NoThreads { .. } => {
+                "build it with `--target wasm32-wasip1-threads`, or for C with `-pthread -Wl,--import-memory,--export-memory,--max-memory=…`".into()
             }
             Self::NeedsMemory { needs, .. } => format!("give it more: `--memory {needs}` or above"),
             Self::TooComplex { found, flag, .. } => {
@@ -241,9 +265,11 @@ impl LoadError {
             | Self::CompileMemory { .. }
             | Self::CompileTime { .. }
             | Self::Precompiled { .. } => Stage::Compile,
-            Self::UnknownImport { .. } | Self::Mismatch { .. } | Self::WrongShape { .. } | Self::TooMany { .. } => {
-                Stage::Link
-            }
+            Self::UnknownImport { .. }
+            | Self::Mismatch { .. }
+            | Self::WrongShape { .. }
+            | Self::TooMany { .. }
+            | Self::NoThreads { .. } => Stage::Link,
             Self::Grant(_) | Self::NeedsMemory { .. } => Stage::Start,
             Self::Reported { stage, .. } => *stage,
         };
@@ -316,22 +342,33 @@ impl Mapped {
                 let mut linker = wasmtime::Linker::new(&engine);
                 instance::link_module(&mut linker).expect("no name is linked twice");
                 if !instance::is_start(module.get_export("_start")) {
-                    return Err(LoadError::Invalid {
-                        reason: "`_start` must be a function without parameters and results".into(),
-                    });
+                    return Err(LoadError::bad_start());
                 }
-                Program::Module(linker.instantiate_pre(&module).map_err(|error| {
-                    match error.downcast::<wasmtime::UnknownImportError>() {
-                        Ok(unknown) => {
-                            LoadError::UnknownImport { import: format!("{}::{}", unknown.module(), unknown.name()) }
-                        }
-                        Err(error) => mismatch(&error),
-                    }
-                })?)
+                Program::Module(linker.instantiate_pre(&module).map_err(module_link_error)?)
             }
             (Shape::Handler | Shape::Http, MappedCode::Module(_)) => return Err(wrong_shape()),
         };
         Ok(Sandbox { engine, program })
+    }
+
+    /// Links it, as a guest with threads of the expected shape, with a memory that grows to this much and no further.
+    ///
+    /// # Errors
+    /// As [`Mapped::link`].
+    pub(crate) fn link_group(
+        self,
+        inspection: &Inspection,
+        expected: Shape,
+        memory: Bytes,
+    ) -> Result<threads::Program, LoadError> {
+        let Inspection { form, shape: found, .. } = *inspection;
+        self.is_within_caps()?;
+        match self.code {
+            MappedCode::Module(module) if found == Some(expected) && expected != Shape::Http => {
+                threads::link(&self.engine, &module, expected, memory)
+            }
+            _ => Err(LoadError::WrongShape { expected, found, form }),
+        }
     }
 
     /// The engine looks at the same when an instance is made. Here the guest is refused before it is kept, and in words
@@ -421,14 +458,21 @@ impl Sandbox {
 ///
 /// # Errors
 /// As [`Mapped::link`].
-pub(crate) fn check(engine: &Engine, packed: &Packed) -> Result<(), LoadError> {
-    match (packed.inspection.shape, packed.inspection.form) {
-        (Some(shape @ Shape::Command), _) | (Some(shape), Form::Component) => {
-            let mapped = match packed.inspection.form {
-                Form::Component => packed.component(engine).map(MappedCode::Component),
-                Form::Module => packed.module(engine).map(MappedCode::Module),
+pub(crate) fn check(packed: &Packed) -> Result<(), LoadError> {
+    let Packed { engine, inspection, .. } = packed;
+    let (form, threads) = (inspection.form, inspection.has_threads());
+    match inspection.shape {
+        Some(shape) if shape == Shape::Command || form == Form::Component || threads => {
+            let mapped = match form {
+                Form::Component => packed.component().map(MappedCode::Component),
+                Form::Module => packed.module().map(MappedCode::Module),
             };
-            Mapped::from(engine.clone(), mapped)?.link(&packed.inspection, shape).map(drop)
+            let mapped = Mapped::from(engine.clone(), mapped)?;
+            if threads {
+                // how much it may have is not known here
+                return mapped.link_group(inspection, shape, Bytes(u64::MAX)).map(drop);
+            }
+            mapped.link(inspection, shape).map(drop)
         }
         _ => Ok(()),
     }
@@ -436,6 +480,13 @@ pub(crate) fn check(engine: &Engine, packed: &Packed) -> Result<(), LoadError> {
 
 fn mismatch(error: &wasmtime::Error) -> LoadError {
     LoadError::Mismatch { reason: guest::one_line(&format!("{error:#}")) }
+}
+
+fn module_link_error(error: wasmtime::Error) -> LoadError {
+    match error.downcast::<wasmtime::UnknownImportError>() {
+        Ok(unknown) => LoadError::UnknownImport { import: format!("{}::{}", unknown.module(), unknown.name()) },
+        Err(error) => mismatch(&error),
+    }
 }
 
 /// The linker's error for a component names the import in its text only: look which import it means.

@@ -22,7 +22,7 @@ use wasmtime_wasi::{
 use crate::event::Stream;
 
 /// How much a guest may write at once.
-const CHUNK: usize = 64 << 10;
+pub(super) const CHUNK: usize = 64 << 10;
 
 /// Nobody reads this process's output any more. A program on its own would be ended by SIGPIPE; so is the guest.
 #[derive(Debug, thiserror::Error)]
@@ -54,7 +54,7 @@ pub(crate) enum Output {
 }
 
 impl Output {
-    fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
+    pub(super) fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
         let stream = match self {
             Self::Sink(stream, sink) => {
                 sink.write(*stream, bytes);

@@ -232,8 +232,13 @@ start().then(child => {
 
 impl Node {
     pub(crate) fn start() -> Option<Self> {
+        Self::on(NODE)
+    }
+
+    /// Node on another script of the same manners.
+    pub(crate) fn on(script: &str) -> Option<Self> {
         let mut child =
-            Command::new("node").args(["-e", NODE]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().ok()?;
+            Command::new("node").args(["-e", script]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().ok()?;
         let stdin = child.stdin.take().unwrap();
         let stdout = std::io::BufReader::new(child.stdout.take().unwrap());
         Some(Self { child, stdin, stdout })

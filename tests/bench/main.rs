@@ -1,5 +1,5 @@
 //! How fast wrun is, each figure beside what it is measured against, in the same run: `cargo bench`, or one part of it
-//! with `cargo bench -- start`, `-- children`, `-- messages`, `-- pool` or `-- http`.
+//! with `cargo bench -- start`, `-- children`, `-- messages`, `-- pool`, `-- http`, `-- threads` or `-- windows`.
 //!
 //! Peers that are installed take part: `node`, and `wasmtime` (or what `$WASMTIME` names). Without them, what the
 //! machine itself allows remains: a process that does nothing, two processes on a bare socket pair, the bare engine.
@@ -12,6 +12,8 @@ mod http;
 mod messages;
 mod pool;
 mod start;
+mod threads;
+mod windows;
 
 fn main() {
     wrun::init();
@@ -22,12 +24,14 @@ fn main() {
         return http::hyper(threads);
     }
     let wanted: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
-    let parts: [(&str, fn()); 5] = [
+    let parts: [(&str, fn()); 7] = [
         ("start", start::run),
         ("children", children::run),
         ("messages", messages::run),
         ("pool", pool::run),
         ("http", http::run),
+        ("threads", threads::run),
+        ("windows", windows::run),
     ];
     println!("median [least, most]; a ratio is that of neighbours in time, over the rounds\n");
     for (name, run) in parts {

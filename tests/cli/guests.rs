@@ -173,7 +173,7 @@ fn an_import_that_is_not_offered_is_named_with_a_hint() {
     );
     import("wasi", "thread-spawn").error_and_hint(
         "it imports `wasi::thread-spawn`, which wrun does not offer",
-        "threaded guests (wasm32-wasip1-threads) are not supported yet; build for wasm32-wasip2",
+        "threads share a memory, which the guest must import (`--target wasm32-wasip1-threads` does)",
     );
     import("wbg", "__wbg_log").error_and_hint(
         "it imports `wbg::__wbg_log`, which wrun does not offer",

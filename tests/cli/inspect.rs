@@ -50,7 +50,7 @@ fn a_command_module() {
 fn a_handler() {
     let found = inspect(ECHO);
     assert_eq!((&found["form"], &found["shape"]), (&json!("component"), &json!("handler")));
-    assert_eq!((&found["modes"], &found["refused"]), (&json!(["cluster", "fork"]), &json!([])));
+    assert_eq!((&found["modes"], &found["refused"]), (&json!(["cluster", "fork", "threads"]), &json!([])));
     assert_eq!(found["flags"], json!([]));
     assert_eq!(found["exports"], json!(["wrun:guest/handler@0.1.0"]));
 }
@@ -113,7 +113,7 @@ exports   memory
     assert!(text.starts_with("name      hello\nshape     command\nform      core module\n"), "{text}");
     let text = wrun(["inspect", ECHO]).run().code(0).stderr("").stdout_text();
     assert!(text.contains("\nshape     handler\nform      component\n"), "{text}");
-    assert!(text.contains("\nmodes     cluster, fork\n"), "{text}");
+    assert!(text.contains("\nmodes     cluster, fork, threads\n"), "{text}");
 }
 
 #[test]

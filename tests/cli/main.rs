@@ -32,5 +32,8 @@ mod readme;
 mod run;
 mod spawn;
 mod supervision;
+mod threads;
 mod tidy;
+mod windows;
+mod workers;
 mod wrun;

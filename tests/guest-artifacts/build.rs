@@ -20,11 +20,27 @@ const HTTP_COMMANDS: [&str; 1] = ["fetch"];
 /// The HTTP guest that others wrote: an example that this crate was published with, found in the lock file of `guests/`.
 const FOREIGN_HTTP: (&str, &str) = ("wstd", "http_server");
 
+/// The guests with threads, which are examples of `guests/threads`; they are handlers, and built as components, too.
+const THREADED: [&str; 6] = ["histogram", "hostile-workers", "kernels", "mandelbrot", "pingpong", "sum"];
+
+/// The handlers that work on windows of a buffer, which are examples of `guests/windows`.
+const WINDOWED: [&str; 4] = ["blur", "checksum", "hostile-windows", "wordcount"];
+
+/// The commands with threads, which are binaries of `guests/threads`.
+const THREADED_COMMANDS: [&str; 3] = ["hostile-threads", "primes", "sum-command"];
+
+/// The examples of `guests/handlers` that are built with threads, too.
+const ALSO_THREADED: [&str; 5] = ["courier", "data-processor", "echo", "fib", "whoami"];
+
+/// The command with threads that others wrote: a program and its version on crates.io, built with its own lock file.
+const FOREIGN_THREADS: (&str, &str) = ("b3sum", "1.8.7");
+
 /// What the guests are made of: all but `guests/target`, which changes with every build that is run there.
-const SOURCES: [&str; 11] = [
+const SOURCES: [&str; 16] = [
     "guests/Cargo.toml",
     "guests/Cargo.lock",
     "guests/sdk/Cargo.toml",
+    "guests/sdk/build.rs",
     "guests/sdk/src",
     "guests/handlers/Cargo.toml",
     "guests/handlers/src",
@@ -32,11 +48,16 @@ const SOURCES: [&str; 11] = [
     "guests/commands/src",
     "guests/http/Cargo.toml",
     "guests/http/src",
+    "guests/threads/Cargo.toml",
+    "guests/threads/src",
+    "guests/windows/Cargo.toml",
+    "guests/windows/src",
     "wit",
 ];
 
 const COMPONENT: &str = "wasm32-wasip2";
 const MODULE: &str = "wasm32-wasip1";
+const THREADS: &str = "wasm32-wasip1-threads";
 
 fn main() {
     let package = env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR");
@@ -51,14 +72,21 @@ fn main() {
     }
     let newest = sources.iter().map(|source| newest(source)).max().expect("there are sources");
 
-    install_targets(&[COMPONENT, MODULE]);
+    install_targets(&[COMPONENT, MODULE, THREADS]);
     let manifest = root.join("guests/Cargo.toml");
-    let ours = ["-p", "handlers", "-p", "http-guests", "--examples", "-p", "commands", "--bins"];
+    let packages =
+        ["handlers", "http-guests", "threads", "windows", "commands"].into_iter().flat_map(|name| ["-p", name]);
+    let ours: Vec<_> = packages.chain(["--examples", "--bins"]).collect();
     compile(&manifest, &built, COMPONENT, &ours);
     // cargo builds an example of a dependency as long as it needs no more than the crate itself does
     let (foreign, example) = FOREIGN_HTTP;
     compile(&manifest, &built, COMPONENT, &["-p", foreign, "--example", example]);
     compile(&manifest, &built, MODULE, &["-p", "commands", "--bins"]);
+    compile(&manifest, &built, THREADS, &["-p", "threads", "--examples", "--bins"]);
+    let also = ALSO_THREADED.into_iter().flat_map(|name| ["--example", name]);
+    compile(&manifest, &built, THREADS, &["-p", "handlers"].into_iter().chain(also).collect::<Vec<_>>());
+
+    let foreign_threads = install(&built, FOREIGN_THREADS);
 
     fs::create_dir_all(&guests).unwrap_or_else(|error| panic!("{}: {error}", guests.display()));
     println!("cargo::rustc-env=GUESTS={}", guests.display());
@@ -69,11 +97,20 @@ fn main() {
     };
     let components = built.join(COMPONENT).join("release");
     let modules = built.join(MODULE).join("release");
-    for name in HANDLERS.into_iter().chain(HTTP) {
+    let threaded = built.join(THREADS).join("release");
+    for name in HANDLERS.into_iter().chain(HTTP).chain(THREADED).chain(WINDOWED) {
         // a cdylib is a library, whose name is an identifier; that of the command is one word
         let file = format!("examples/{}.wasm", name.replace('-', "_"));
         publish(variable(name), components.join(file), guests.join(format!("{name}.wasm")));
     }
+    for name in THREADED.into_iter().chain(ALSO_THREADED) {
+        let file = format!("examples/{}.wasm", name.replace('-', "_"));
+        publish(variable(name) + "_THREADS", threaded.join(file), guests.join(format!("{name}.threads.wasm")));
+    }
+    for name in THREADED_COMMANDS {
+        publish(variable(name), threaded.join(format!("{name}.wasm")), guests.join(format!("{name}.wasm")));
+    }
+    publish(variable("foreign-threads"), foreign_threads, guests.join("foreign-threads.wasm"));
     for name in HTTP_COMMANDS {
         publish(variable(name), components.join(format!("examples/{name}.wasm")), guests.join(format!("{name}.wasm")));
     }
@@ -118,21 +155,32 @@ fn is_installed(target: &str) -> bool {
 }
 
 fn compile(manifest: &Path, built: &Path, target: &str, what: &[&str]) {
-    let status = Command::new(env::var_os("CARGO").expect("cargo sets CARGO"))
-        .args(["build", "--release", "--locked", "--target", target])
-        .args(what)
-        .arg("--manifest-path")
-        .arg(manifest)
-        .arg("--target-dir")
-        .arg(built)
-        // flags and wrappers (clippy, coverage) are for the host; this variable beats all other ways to set flags
-        .env("CARGO_ENCODED_RUSTFLAGS", "")
-        .env_remove("RUSTC_WRAPPER")
-        .env_remove("RUSTC_WORKSPACE_WRAPPER")
-        .status();
-    match status {
+    let mut cargo = Command::new(env::var_os("CARGO").expect("cargo sets CARGO"));
+    cargo.args(["build", "--release", "--locked", "--target", target]).args(what);
+    cargo.arg("--manifest-path").arg(manifest).arg("--target-dir").arg(built);
+    run(cargo, &format!("the guests do not compile for {target}"));
+}
+
+/// Builds a program from the registry for threads, unless it was built before. Where it is.
+fn install(built: &Path, (name, version): (&str, &str)) -> PathBuf {
+    let root = built.join(format!("{name}-{version}"));
+    let program = root.join(format!("bin/{name}.wasm"));
+    if !program.exists() {
+        let mut cargo = Command::new(env::var_os("CARGO").expect("cargo sets CARGO"));
+        cargo.args(["install", name, "--version", version, "--locked", "--no-track", "--target", THREADS, "--root"]);
+        cargo.arg(root).arg("--target-dir").arg(built);
+        run(cargo, &format!("{name} does not compile for {THREADS}"));
+    }
+    program
+}
+
+/// Runs cargo for guests, or ends the build.
+fn run(mut cargo: Command, failure: &str) {
+    // flags and wrappers (clippy, coverage) are for the host; this variable beats all other ways to set flags
+    cargo.env("CARGO_ENCODED_RUSTFLAGS", "").env_remove("RUSTC_WRAPPER").env_remove("RUSTC_WORKSPACE_WRAPPER");
+    match cargo.status() {
         Ok(status) if status.success() => {}
-        Ok(status) => fail(&format!("the guests do not compile for {target}: {status}")),
+        Ok(status) => fail(&format!("{failure}: {status}")),
         Err(error) => fail(&format!("cargo does not start: {error}")),
     }
 }

@@ -54,6 +54,14 @@ fn main() {
     deliver("\"bye\"");
 }
 
+/// Modules have no way to ask.
+fn initial_cwd() -> Option<String> {
+    #[cfg(target_env = "p2")]
+    return wasip2::cli::environment::initial_cwd();
+    #[cfg(not(target_env = "p2"))]
+    return None;
+}
+
 fn obey(order: Order) {
     match order {
         Order::Exit { code } => process::exit(code),
@@ -64,7 +72,7 @@ fn obey(order: Order) {
         Order::Tell => {
             let who = worker::identity();
             let data: Box<RawValue> = worker::data().expect("JSON");
-            let cwd = wasip2::cli::environment::initial_cwd();
+            let cwd = initial_cwd();
             let told = json!({
                 "data": data, "cwd": cwd, "id": who.id, "count": who.count, "generation": who.generation,
                 "name": who.name, "pid": who.pid, "process": who.kind == worker::Kind::Process,

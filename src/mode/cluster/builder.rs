@@ -20,7 +20,8 @@ use super::{
 };
 use crate::{
     Error,
-    child::{Compiler, ListenConfig, WorkerConfig, entry, jail_of},
+    buffer::{self, Buffer, Named},
+    child::{Compiler, ListenConfig, MEMORY_MAX, WorkerConfig, cores, entry, jail_of, with_windows},
     event::Event,
     grant::Grants,
     limits::{Bytes, CompileLimits, HttpLimits, Limits},
@@ -38,9 +39,6 @@ const READY_WITHIN: Duration = Duration::from_secs(30);
 
 /// How long after a task's deadline its worker is killed when it should have ended the task itself.
 const BACKSTOP: Duration = Duration::from_secs(5);
-
-/// The most memory of one instance: what a 32-bit guest can address.
-const MEMORY_MAX: Bytes = Bytes::mib(4096);
 
 /// How many requests a worker handles at once by default: they wait more than they compute.
 const HTTP_CONCURRENCY: u32 = 64;
@@ -107,13 +105,14 @@ pub struct Builder {
     probe: Option<String>,
     requests_max: Option<u64>,
     process_memory_max: Option<Bytes>,
+    buffers: Named,
 }
 
 impl Builder {
     pub(super) fn new(guest: PathBuf) -> Self {
         Self {
             guest,
-            workers: std::thread::available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(1)),
+            workers: cores(),
             compiler: Compiler {
                 program: Program::Own,
                 isolation: Isolation::Process,
@@ -140,6 +139,7 @@ impl Builder {
             probe: None,
             requests_max: None,
             process_memory_max: None,
+            buffers: vec![],
         }
     }
 
@@ -318,6 +318,30 @@ impl Builder {
     /// looked at five times within the heartbeat time.
     pub fn process_memory_max(mut self, memory: Bytes) -> Self {
         self.process_memory_max = Some(memory);
+        self
+    }
+
+    /// Lets guests have windows of a buffer, under this name: ranges of it in their own memories, which are not copied for
+    /// that. One of the same name is replaced. See `wrun:guest/window`.
+    ///
+    /// ```standalone_crate
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use wrun::{Buffer, Cluster, message::Message, outcome::Answer};
+    ///
+    /// wrun::init();
+    /// # let guest = guest_artifacts::WORDCOUNT;
+    /// # let rt = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    /// # rt.block_on(async {
+    /// let text = Buffer::from_slice(b"so many words\nin one buffer\n")?;
+    /// let pool = Cluster::builder(guest).workers(2).buffer("input", &text).start().await?;
+    /// let answer = pool.request(Message::parse(r#"{"chunk":0,"offset":0,"length":14}"#)?).await?;
+    /// # let Answer::Reply(reply) = answer else { panic!("{answer:?}") };
+    /// assert_eq!(reply.as_str(), r#"{"lines":1,"words":3,"bytes":14}"#);
+    /// # Ok(()) })
+    /// # }
+    /// ```
+    pub fn buffer(mut self, name: impl Into<String>, buffer: &Buffer) -> Self {
+        buffer::add(&mut self.buffers, name.into(), buffer);
         self
     }
 
@@ -511,13 +535,17 @@ impl Builder {
             requests_max: self.requests_max,
         });
         let size = code.size().map_err(Error::io("look at the compiled guest"))?;
-        let jail = jail_of(
+        let mut jail = jail_of(
             self.compiler.isolation,
             (&self.grants, &self.limits),
             (&engine, concurrency),
             (&inspection, size),
             listen.as_ref(),
         );
+        let (names, buffers): (Vec<_>, Vec<_>) = self.buffers.iter().cloned().unzip();
+        if !buffers.is_empty() {
+            with_windows(&mut jail, buffers.len(), concurrency, self.limits.memory);
+        }
         let mut config = WorkerConfig {
             engine,
             inspection,
@@ -532,6 +560,7 @@ impl Builder {
             },
             concurrency,
             beat: self.heartbeat / 10,
+            buffers: names,
             listen,
             jail,
         };
@@ -541,7 +570,8 @@ impl Builder {
             (config.identity.id, config.identity.generation) = (worker, generation);
             let names = names::answer(&config.grants)?;
             let start = |fds: &[BorrowedFd<'_>]| {
-                let fds: Vec<_> = fds.iter().copied().chain(names.as_ref().map(AsFd::as_fd)).collect();
+                let fds = fds.iter().copied().chain(buffers.iter().map(AsFd::as_fd));
+                let fds: Vec<_> = fds.chain(names.as_ref().map(AsFd::as_fd)).collect();
                 Process::start(&program, Role::Worker, &config, &fds, body_max)
             };
             match &port {
@@ -571,6 +601,7 @@ impl Builder {
         if concurrency > 1 && self.interrupt == Interrupt::Kill {
             return usage("`kill` would end all the tasks of a worker: use `epoch` when it handles several at once");
         }
+        buffer::check(&self.buffers).map_err(Error::Usage)?;
         if self.limits.memory > MEMORY_MAX {
             return Err(Error::Usage(format!("expected at most {MEMORY_MAX} of memory for one instance")));
         }

@@ -9,10 +9,10 @@ use std::{
 
 use tokio::runtime::Runtime;
 
-use super::{Child, ChildOutput, ChildStdin, Command, Fork, Output, SendError};
+use super::{Child, ChildOutput, ChildStdin, Command, Fork, Output};
 use crate::{
     Error,
-    message::Message,
+    message::{Message, SendError},
     outcome::{Answer, Outcome},
     process::runtime,
     signal::Signal,

@@ -26,11 +26,14 @@ use super::{
 };
 use crate::{
     Error,
+    buffer::{Chunk, Mapped, ParMap},
     event::{Data, Event, Stream},
     grant::Denied,
     lines::{BATCHES, Line, Writer, read_lines},
+    message::Message,
     outcome::{End, Outcome, Usage},
     process::{Signaller, runtime},
+    sandbox::Shape,
     signal::{Signal, Signals},
 };
 
@@ -170,6 +173,91 @@ pub fn exec(command: &mut Command, form: Form) -> Result<Outcome, Error> {
     })
 }
 
+/// Hands the chunks of a buffer to the guest until all are done, and writes the replies as lines of `output`, in order.
+/// `told` hears of each chunk that is done.
+///
+/// # Errors
+/// As [`Command::par_map`], or when the output cannot be written.
+///
+/// # Panics
+/// Inside of a tokio runtime: it blocks.
+pub fn par_map(
+    command: &mut Command,
+    map: ParMap,
+    output: impl Write + Send + 'static,
+    mut told: impl FnMut(&Chunk) + Send + 'static,
+) -> Result<Mapped, Error> {
+    in_foreground(async |mut signals| {
+        let mut stop = Stop::new(command);
+        let out = Target::start(output)?;
+        let (writer, reduce) = (out.writer.clone(), map.reduce);
+        let map = map.each(move |chunk, reply| {
+            told(chunk);
+            if let Some(reply) = reply {
+                write_message(&writer, reply);
+            }
+        });
+        let mut mapping = match until_started(&mut signals, command.start_map(map)).await? {
+            ControlFlow::Continue(mapping) => mapping,
+            ControlFlow::Break(outcome) => return Ok(Mapped::stopped(outcome)),
+        };
+        let (signaller, asked, has_ended) = (mapping.signaller(), Cell::new(false), Cell::new(false));
+        let work = async {
+            loop {
+                out.room().await;
+                tokio::select! {
+                    is_over = mapping.step() => {
+                        if is_over {
+                            break;
+                        }
+                    }
+                    () = out.failed() => {
+                        signaller.send(Signal::KILL);
+                    }
+                }
+            }
+            has_ended.set(true);
+            let mut mapped = mapping.finish();
+            if let Ok(mapped) = &mut mapped {
+                mapped.outcome.voluntary = asked.get();
+                if reduce {
+                    mapped.replies.iter().for_each(|reply| write_message(&out.writer, reply));
+                }
+            }
+            out.written().await;
+            mapped
+        };
+        // it has nothing that could be closed, and what is half done is of no use
+        let obey = stop.obey(&mut signals, &signaller, &asked, || has_ended.get(), || _ = signaller.send(Signal::TERM));
+        let mut mapped = tokio::select! {
+            mapped = work => mapped?,
+            () = obey => return Ok(Mapped::stopped(End::Killed { signal: Signal::KILL.number() }.with(Usage::default()))),
+        };
+        mapped.outcome = read_by_none(mapped.outcome, out.error()?);
+        Ok(mapped)
+    })
+}
+
+fn write_message(writer: &Writer, message: &Message) {
+    let mut text = vec![];
+    message.write_line(&mut text);
+    text.push(b'\n');
+    writer.write(&mut text);
+}
+
+/// What the guest is, which is compiled for that if it was not before.
+///
+/// # Errors
+/// When it is no guest, or cannot be started with these settings.
+///
+/// # Panics
+/// Inside of a tokio runtime: it blocks.
+pub fn shape(command: &Command) -> Result<Option<Shape>, Error> {
+    let code = runtime()?.block_on(command.load())?;
+    command.settings.fits(&code.inspection)?;
+    Ok(code.inspection.shape)
+}
+
 /// How a guest with a mailbox went.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Forked {
@@ -272,7 +360,7 @@ async fn send_lines(
             };
             fork.ready().await;
             // its length was looked at where it came in, and there is room: there is no guest any more
-            if fork.send(&message).is_err() {
+            if fork.send_as(number, &message).is_err() {
                 return Ok(());
             }
         }

@@ -1,8 +1,9 @@
 //! A guest in a process of its own, with its mailbox.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeSet, VecDeque},
     future::poll_fn,
+    os::fd::AsFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker},
     time::{Duration, Instant},
@@ -20,9 +21,10 @@ use super::{
 };
 use crate::{
     Error,
+    buffer::{BUFFERS_MAX, Buffer, check_name},
     event::Event,
     grant::Denied,
-    message::{Message, MessageError},
+    message::{Message, MessageError, SendError},
     outcome::{Answer, End, Outcome, Stage, millis},
     process::{
         Seen, Signaller,
@@ -47,21 +49,6 @@ const REASON_MAX: usize = 1000;
 
 /// How many bytes are given to the socket before more are taken from those that wait.
 const WRITE_AHEAD: usize = 1 << 20;
-
-/// Why a message was not sent. It can be sent again.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum SendError {
-    /// As much waits already as may: the guest is slower than its parent. [`Fork::ready`] waits for room.
-    #[error("the mailbox is full")]
-    Full,
-    /// The guest is gone, or the mailbox was disconnected.
-    #[error("the mailbox is closed")]
-    Closed,
-    /// It is longer than a message may be.
-    #[error(transparent)]
-    TooLong(MessageError),
-}
 
 /// A guest that was started with a mailbox. It is ended when this is dropped.
 ///
@@ -110,6 +97,8 @@ struct State {
     sent: u64,
     /// Those that get answers, in the order of what they asked: a handler's by their messages' numbers.
     asked: VecDeque<(u64, Option<oneshot::Sender<Answer>>)>,
+    /// The names of the buffers that it has or will have.
+    buffers: BTreeSet<String>,
     /// From the guest.
     incoming: VecDeque<Message>,
     incoming_bytes: usize,
@@ -150,7 +139,10 @@ impl Fork {
     pub(super) fn new(worker: Worker, ends: Ends, mailbox: Mailbox, command: &Command) -> Self {
         let (events, _) = broadcast::channel(1024);
         let shared = Arc::new(Shared {
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                buffers: command.settings.buffers.iter().map(|(name, _)| name.clone()).collect(),
+                ..State::default()
+            }),
             signaller: worker.process.signaller(),
             events,
             received: Notify::new(),
@@ -163,7 +155,7 @@ impl Fork {
         let driver = Driver {
             shared: shared.clone(),
             worker,
-            message_max,
+            message_max: command.settings.message_max().as_usize(),
             is_handler,
             started: Instant::now(),
             is_online: false,
@@ -205,7 +197,12 @@ impl Fork {
     /// # Errors
     /// When the message was not sent: the mailbox is full or closed.
     pub fn send(&self, message: &Message) -> Result<(), SendError> {
-        self.put(message, None)
+        self.put(None, message, None)
+    }
+
+    /// As [`Fork::send`], for a message with a number of its own; numbers go up.
+    pub(super) fn send_as(&self, number: u64, message: &Message) -> Result<(), SendError> {
+        self.put(Some(number), message, None)
     }
 
     /// Sends a message and waits for its answer: a handler's to this very message, or the next message that a command
@@ -218,11 +215,16 @@ impl Fork {
     /// As [`Fork::send`]. A guest that ends instead of answering is [`Answer::Ended`].
     pub async fn request(&self, message: &Message) -> Result<Answer, SendError> {
         let (ticket, answer) = oneshot::channel();
-        self.put(message, Some(ticket))?;
+        self.put(None, message, Some(ticket))?;
         answer.await.map_err(|_| SendError::Closed)
     }
 
-    fn put(&self, message: &Message, ticket: Option<oneshot::Sender<Answer>>) -> Result<(), SendError> {
+    fn put(
+        &self,
+        number: Option<u64>,
+        message: &Message,
+        ticket: Option<oneshot::Sender<Answer>>,
+    ) -> Result<(), SendError> {
         let length = message.as_str().len();
         if length > self.message_max {
             return Err(SendError::TooLong(MessageError::TooLong { length, max: self.message_max }));
@@ -234,11 +236,52 @@ impl Fork {
         if state.outgoing.pending().len() > WAITING_MAX {
             return Err(SendError::Full);
         }
-        state.sent += 1;
+        state.sent = number.unwrap_or(state.sent + 1);
         if self.is_handler || ticket.is_some() {
             state.asked.push_back((state.sent, ticket));
         }
         state.outgoing.push(Kind::Task, state.sent, message.as_str().as_bytes());
+        state.wake_driver();
+        Ok(())
+    }
+
+    /// Lets the guest have windows of a buffer, under this name, from the messages on that are sent after it: ranges of it in
+    /// its own memory. What is sent is a descriptor, and none of its bytes. One of the same name is replaced. See `wrun:guest/window`; only components have it.
+    ///
+    /// ```standalone_crate
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use wrun::{Buffer, message::Message, outcome::Answer};
+    ///
+    /// wrun::init();
+    /// # let guest = guest_artifacts::WORDCOUNT;
+    /// # let rt = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    /// # rt.block_on(async {
+    /// let child = wrun::fork(guest).await?;
+    /// child.send_buffer("input", &Buffer::from_slice(b"so many words\nin one buffer\n")?)?;
+    /// let answer = child.request(&Message::parse(r#"{"chunk":0,"offset":3,"length":10}"#)?).await?;
+    /// assert_eq!(answer, Answer::Reply(Message::parse(r#"{"lines":0,"words":2,"bytes":10}"#)?));
+    /// # Ok(()) })
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// When the mailbox is full or closed, the name cannot be one, the guest has 64 buffers already, or there is no
+    /// descriptor left.
+    pub fn send_buffer(&self, name: &str, buffer: &Buffer) -> Result<(), SendError> {
+        check_name(name).map_err(SendError::NotShared)?;
+        let fd = buffer.as_fd().try_clone_to_owned().map_err(|error| SendError::NotShared(error.to_string()))?;
+        let state = &mut *self.shared.state();
+        if state.is_closed() {
+            return Err(SendError::Closed);
+        }
+        if state.outgoing.pending().len() > WAITING_MAX {
+            return Err(SendError::Full);
+        }
+        if !state.buffers.contains(name) && state.buffers.len() == BUFFERS_MAX {
+            return Err(SendError::NotShared(format!("the guest has {BUFFERS_MAX} buffers, as many as it may have")));
+        }
+        state.buffers.insert(name.to_owned());
+        state.outgoing.push_with(Kind::Buffer, 0, name.as_bytes(), fd);
         state.wake_driver();
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Component, Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -10,7 +10,8 @@ use std::{
 
 use crate::{
     Error,
-    child::{CommandConfig, Compiler, entry, jail_of},
+    buffer::{BUFFERS_MAX, Named},
+    child::{CommandConfig, Compiler, MapConfig, THREAD_STACK, Workers, entry, jail_of, with_windows},
     grant::{Denied, GrantError, Grants, REFUSALS_MAX},
     limits::{Bytes, CompileLimits, Limits},
     message::Message,
@@ -19,9 +20,21 @@ use crate::{
         Clock, Isolation, Process, Program, Role, body_max, names,
         wire::{Frame, Kind},
     },
-    sandbox::{Cache, Code, Cwd, EngineSpec, Guest, Identity, LoadError, Roots, name_of, open_file},
+    sandbox::{
+        Cache, Code, Cwd, EngineSpec, Form, Guest, Identity, Inspection, LoadError, Pool, Roots, Shape, name_of,
+        open_file,
+    },
     signal::Signal,
 };
+
+/// What stands around the answer of a worker: `{"worker":ID,"line":N,"error":{"kind":"guest","value":…}}`.
+const WORKER_HEAD: u64 = 128;
+
+/// Descriptors of a thread that hands out chunks, which what it waits with has.
+const DESCRIPTORS_OF_A_THREAD: u64 = 8;
+
+/// How much of what a process warns of is told, in characters.
+const WARNING_MAX: usize = 1000;
 
 /// How much later than our clock the kernel's is.
 const BACKSTOP: Duration = Duration::from_secs(2);
@@ -40,6 +53,10 @@ pub(super) struct Settings {
     pub(super) precompiled: bool,
     pub(super) compiler: Compiler,
     pub(super) on_denied: OnDenied,
+    /// The workers of a guest that shares its memory; none = of a handler there are none.
+    pub(super) workers: Option<Workers>,
+    /// What it can have windows of.
+    pub(super) buffers: Named,
 }
 
 /// Who hears what a guest was refused of the network.
@@ -80,6 +97,8 @@ impl Settings {
             precompiled: false,
             compiler: Compiler { program: Program::Own, isolation, limits: CompileLimits::default() },
             on_denied: OnDenied::default(),
+            workers: None,
+            buffers: vec![],
         }
     }
 
@@ -131,12 +150,19 @@ impl Settings {
     /// # Errors
     /// When it does not fit, or the system has no room for another process.
     pub(super) fn start(&self, code: &Code, extra: Extra, streams: [BorrowedFd<'_>; 3]) -> Result<Worker, Error> {
-        let (spec, inspection) = (self.spec(), code.inspection.clone());
+        let (mut spec, inspection) = (self.spec(), code.inspection.clone());
+        let instances = if let Some((map, _)) = &extra.map {
+            spec.pool = Some(Pool { instances: map.workers, memory: self.limits.memory });
+            map.workers
+        } else {
+            self.fits(&inspection)?;
+            1
+        };
         let cannot = Error::io("start a process");
         let mut jail = jail_of(
             self.compiler.isolation,
             (&self.grants, &self.limits),
-            (&spec, 1),
+            (&spec, instances),
             (&inspection, code.size().map_err(Error::io("look at the compiled guest"))?),
             None,
         );
@@ -146,10 +172,26 @@ impl Settings {
             // the only files that it can write are those that its output was sent to
             jail.bounds.file_size = Bytes(u64::MAX);
         }
+        if let Some((map, _)) = &extra.map {
+            jail.threads = map.workers;
+            jail.bounds.files += u64::from(map.workers) * DESCRIPTORS_OF_A_THREAD;
+            let stacks = u64::from(map.workers) * THREAD_STACK as u64;
+            jail.bounds.data = Bytes(jail.bounds.data.0.saturating_add(stacks));
+        }
+        // to who has a mailbox, buffers may come later
+        let may_come = if extra.mailbox { BUFFERS_MAX } else { self.buffers.len() };
+        if inspection.form == Form::Component && may_come > 0 {
+            with_windows(&mut jail, may_come + 1, instances, self.limits.memory);
+        }
+        let (map, output) = extra.map.unzip();
+        let output = output.flatten();
         let config = CommandConfig {
             engine: spec,
             inspection,
-            grants: self.grants.clone(),
+            grants: match self.workers {
+                Some(workers) => self.grants.clone().telling_threads(workers.count),
+                None => self.grants.clone(),
+            },
             roots: Roots::of_environment(),
             limits: self.limits.clone(),
             args: self.argv(),
@@ -157,13 +199,18 @@ impl Settings {
             data: extra.data,
             cwd: extra.cwd,
             mailbox: extra.mailbox,
+            workers: self.workers,
+            buffers: self.buffers.iter().map(|(name, _)| name.clone()).collect(),
+            map,
             jail,
         };
-        let body_max = body_max(self.limits.message_max);
+        let body_max = body_max(self.message_max());
         let [stdin, stdout, stderr] = streams;
         let names = names::answer(&self.grants).map_err(Error::io("make a socket"))?;
-        let fds: Vec<_> =
-            [code.as_fd(), stdin, stdout, stderr].into_iter().chain(names.as_ref().map(AsFd::as_fd)).collect();
+        let fds = [code.as_fd(), stdin, stdout, stderr].into_iter();
+        let fds =
+            fds.chain(self.buffers.iter().map(|(_, buffer)| buffer.as_fd())).chain(output.as_ref().map(AsFd::as_fd));
+        let fds: Vec<_> = fds.chain(names.as_ref().map(AsFd::as_fd)).collect();
         let process = Process::start(&self.compiler.program, Role::Command, &config, &fds, body_max).map_err(cannot)?;
         let limit = self.limits.timeout;
         let clock = limit.map(|limit| process.time(limit, extra.kill_signal, extra.grace)).transpose();
@@ -176,6 +223,39 @@ impl Settings {
             voluntary: false,
             outcome: None,
         })
+    }
+
+    /// Sees that a guest with threads gets what it needs, and no other is asked for threads.
+    ///
+    /// # Errors
+    /// Says what does not fit.
+    pub(super) fn fits(&self, guest: &Inspection) -> Result<(), Error> {
+        match (guest.has_threads(), self.workers) {
+            (false, Some(_)) => Err(LoadError::NoThreads { form: guest.form }.into()),
+            (true, _) if self.limits.fuel.is_some() => Err(Error::Usage(
+                "fuel is not metered across threads: expected no `--fuel` for a guest with threads (--timeout bounds it)".into(),
+            )),
+            (true, None) if guest.shape == Some(Shape::Handler) => {
+                let (expected, found, form) = (Shape::Command, guest.shape, guest.form);
+                Err(LoadError::WrongShape { expected, found, form }.into())
+            }
+            (true, Some(workers)) if guest.shape == Some(Shape::Handler) && workers.count > self.limits.threads => {
+                Err(Error::Usage(format!(
+                    "expected at most {} workers (--threads), found {}",
+                    self.limits.threads, workers.count
+                )))
+            }
+            (true, _) if Bytes(guest.memory_min) > self.limits.memory => {
+                Err(LoadError::NeedsMemory { needs: Bytes(guest.memory_min), limit: self.limits.memory }.into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The longest message from its process, which may say beside each which worker it is of.
+    pub(super) fn message_max(&self) -> Bytes {
+        let max = self.limits.message_max.0;
+        Bytes(if self.workers.is_some() { max.saturating_add(WORKER_HEAD) } else { max })
     }
 
     /// The working directory of this name in the guest, which lies in a folder that is granted.
@@ -212,6 +292,8 @@ pub(super) struct Extra {
     pub(super) cwd: Option<Cwd>,
     /// Whether its mailbox leads to us.
     pub(super) mailbox: bool,
+    /// How chunks are handed to it, and what they write to.
+    pub(super) map: Option<(MapConfig, Option<OwnedFd>)>,
     /// What it gets when its time is over ...
     pub(super) kill_signal: Signal,
     /// ... and how much later SIGKILL.
@@ -220,7 +302,14 @@ pub(super) struct Extra {
 
 impl Default for Extra {
     fn default() -> Self {
-        Self { data: Message::null(), cwd: None, mailbox: false, kill_signal: Signal::KILL, grace: Duration::ZERO }
+        Self {
+            data: Message::null(),
+            cwd: None,
+            mailbox: false,
+            map: None,
+            kill_signal: Signal::KILL,
+            grace: Duration::ZERO,
+        }
     }
 }
 
@@ -259,6 +348,12 @@ impl Notes {
             }
             Kind::Walls if !std::mem::replace(&mut self.walls_told, true) => {
                 tracing::warn!("a wall is missing: {}", String::from_utf8_lossy(frame.body));
+            }
+            Kind::Warning if self.refusals < REFUSALS_MAX => {
+                self.refusals += 1;
+                let text: String = String::from_utf8_lossy(frame.body).chars().take(WARNING_MAX).collect();
+                // escaped: who knows what a process says that was taken over
+                tracing::warn!("its process says {text:?}");
             }
             Kind::Denied if self.refusals < REFUSALS_MAX => {
                 self.refusals += 1;

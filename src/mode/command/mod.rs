@@ -16,7 +16,7 @@
 //! | `execFile`, promisified, with `encoding`, `maxBuffer` | [`Command::output`], `wrun exec`, [`Command::output_max`]; bytes, and in JSON a text or base64 |
 //! | `exec(line)`, `shell` | no: there is no shell in the sandbox, and a line that is split is how arguments are smuggled; arguments are a list |
 //! | `fork`, `send`, events `message`, `disconnect`; `disconnect()` | [`Command::fork`], `wrun fork`; [`Fork::send`], [`Fork::recv`], [`Fork::request`], [`Fork::events`], [`Fork::disconnect`] |
-//! | `send` that answers `false` | [`SendError::Full`], and [`Fork::ready`] |
+//! | `send` that answers `false` | [`SendError::Full`](crate::message::SendError::Full), and [`Fork::ready`] |
 //! | `process.send`, `process.on("message")`, `connected`, in the child | `wrun:guest/mailbox`, or a handler |
 //! | `spawnSync`, `execSync`, `input` | [`Command::spawn_blocking`], [`Command::output_blocking`], `wrun exec --input` |
 //! | `cwd` | [`Command::current_dir`]: a folder within one that is granted |
@@ -43,6 +43,7 @@ mod child;
 pub mod foreground;
 mod fork;
 mod launch;
+mod map;
 mod run;
 
 use std::{
@@ -58,7 +59,7 @@ use rustix::fs::{Mode, OFlags};
 pub use self::{
     blocking::{BlockingChild, BlockingFork, TimedOut},
     child::{Child, ChildOutput, ChildStdin, Output},
-    fork::{Fork, SendError},
+    fork::Fork,
     run::Run,
 };
 use self::{
@@ -67,6 +68,8 @@ use self::{
 };
 use crate::{
     Error,
+    buffer::{self, Buffer},
+    child::MapConfig,
     grant::{Denied, DirGrant, Grants, HttpGrant, TcpGrant},
     limits::{Bytes, CompileLimits, Limits},
     message::Message,
@@ -291,6 +294,36 @@ impl Command {
         self
     }
 
+    /// The workers of a handler that shares its memory; a command that makes threads by itself is told their number, in
+    /// `RAYON_NUM_THREADS` and `OMP_NUM_THREADS`, unless it was given such a variable.
+    ///
+    /// Of each message from the mailbox of such a handler, which one of its workers says it, is a part:
+    /// `{"worker":ID,"reply":…}`.
+    pub fn workers(&mut self, count: u32) -> &mut Self {
+        self.settings.workers.get_or_insert_default().count = count;
+        self
+    }
+
+    /// Keeps each thread of a guest with [`Command::workers`] on one core.
+    pub fn pin(&mut self, pin: bool) -> &mut Self {
+        self.settings.workers.get_or_insert_default().pin = pin;
+        self
+    }
+
+    /// Whether messages are tasks for whichever of the [`Command::workers`] is free: `{"worker":ID,"line":N,"reply":…}` is
+    /// the answer to the N-th. By default each worker gets one message, its data, and the group ends when all have answered.
+    pub fn tasks(&mut self, tasks: bool) -> &mut Self {
+        self.settings.workers.get_or_insert_default().tasks = tasks;
+        self
+    }
+
+    /// Lets the guest have windows of a buffer, under this name: ranges of it in its own memory, which are not copied for
+    /// that. One of the same name is replaced. See `wrun:guest/window`; only components have it.
+    pub fn buffer(&mut self, name: impl Into<String>, buffer: &Buffer) -> &mut Self {
+        buffer::add(&mut self.settings.buffers, name.into(), buffer);
+        self
+    }
+
     /// What stands between the guest and the host. Default [`Isolation::Process`]; it cannot be [`Isolation::Thread`].
     pub fn isolation(&mut self, isolation: Isolation) -> &mut Self {
         self.settings.compiler.isolation = isolation;
@@ -345,7 +378,7 @@ impl Command {
 
     async fn spawn_with(&mut self, defaults: [Kind; 3]) -> Result<Child, Error> {
         let code = self.load().await?;
-        let (worker, pipes) = self.start(&code, Mailbox::None, defaults)?;
+        let (worker, pipes) = self.start(&code, Mailbox::None, None, defaults)?;
         Ok(Child::new(worker, Ends::of(pipes)?, self.kill_signal, self.grace))
     }
 
@@ -365,10 +398,11 @@ impl Command {
     pub async fn fork(&mut self) -> Result<Fork, Error> {
         let code = self.load().await?;
         let mailbox = match code.inspection.shape {
-            Some(Shape::Handler) => Mailbox::Handler,
+            Some(Shape::Handler) if !code.inspection.has_threads() => Mailbox::Handler,
+            // workers say which of them it is: what comes is more than a reply
             _ => Mailbox::Command,
         };
-        let (worker, pipes) = self.start(&code, mailbox, [Kind::Null, Kind::Inherit, Kind::Inherit])?;
+        let (worker, pipes) = self.start(&code, mailbox, None, [Kind::Null, Kind::Inherit, Kind::Inherit])?;
         Ok(Fork::new(worker, Ends::of(pipes)?, mailbox, self))
     }
 
@@ -380,15 +414,23 @@ impl Command {
                 "a child has a process of its own: expected `process` or `jail` for its isolation".into(),
             ));
         }
+        buffer::check(&self.settings.buffers).map_err(Error::Usage)?;
         self.settings.load(self.settings.spec()).await
     }
 
     /// Starts its process, and answers our ends of its pipes.
-    fn start(&mut self, code: &Code, mailbox: Mailbox, defaults: [Kind; 3]) -> Result<(Worker, Pipes), Error> {
+    fn start(
+        &mut self,
+        code: &Code,
+        mailbox: Mailbox,
+        map: Option<(MapConfig, Option<OwnedFd>)>,
+        defaults: [Kind; 3],
+    ) -> Result<(Worker, Pipes), Error> {
         let extra = Extra {
             data: self.data.clone(),
             cwd: self.cwd.as_deref().map(|cwd| self.settings.cwd(cwd)).transpose()?,
             mailbox: mailbox != Mailbox::None,
+            map,
             kill_signal: self.kill_signal,
             grace: self.grace,
         };

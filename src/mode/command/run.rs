@@ -15,7 +15,8 @@ use crate::{
 
 /// What to run, and how.
 ///
-/// The guest is compiled by a child of this process, and so is what runs it with [`Isolation::Process`].
+/// The guest is compiled by a child of this process, and so is what runs it with [`Isolation::Process`]. A guest with threads
+/// always has a process of its own.
 ///
 /// ```no_run
 /// # fn main() -> Result<(), wrun::Error> {
@@ -133,9 +134,14 @@ impl Run {
             ..settings.spec()
         };
         let runtime = runtime()?;
-        let code = runtime.block_on(settings.load(spec))?;
+        let mut code = runtime.block_on(settings.load(spec))?;
+        // threads cannot be ended one by one, as a process can
+        let here = here && !code.inspection.has_threads();
+        if !here && spec.epoch_checks {
+            code = runtime.block_on(settings.load(settings.spec()))?;
+        }
         let outcome = if here {
-            let engine = spec.engine().map_err(|error| Error::Usage(format!("{error:#}")))?;
+            let engine = spec.engine(&code.inspection).map_err(|error| Error::Usage(format!("{error:#}")))?;
             let sandbox = Mapped::of(engine, &code)?.link(&code.inspection, Shape::Command)?;
             let (args, identity) = (settings.argv(), settings.identity(false));
             let names = names::answer(&settings.grants).map_err(Error::io("make a socket"))?;

@@ -6,6 +6,7 @@ mod network;
 mod outbound;
 mod sockets;
 mod tls;
+mod window;
 mod worker;
 
 pub(crate) use http::{BodyError, GuestBody, Respond, Scheme, Unfinished};
@@ -15,6 +16,7 @@ pub(super) use outbound::{Outbound, link as link_outbound};
 pub(crate) use sockets::SOCKETS_MAX;
 pub(super) use sockets::{Sockets, link as link_sockets};
 pub(crate) use tls::Roots;
+pub(super) use window::link as link_window;
 pub(crate) use worker::Identity;
 
 pub(crate) mod bindings {

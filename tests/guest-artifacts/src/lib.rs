@@ -93,6 +93,82 @@ pub const UPLOAD: &str = env!("UPLOAD");
 /// - All else, and whatever has a query, is 404.
 pub const FOREIGN_HTTP: &str = env!("FOREIGN_HTTP");
 
+/// Handler: `{"values":N}` gives how often each of 16 values comes up.
+pub const HISTOGRAM: &str = env!("HISTOGRAM");
+
+/// [`HISTOGRAM`] with threads.
+pub const HISTOGRAM_THREADS: &str = env!("HISTOGRAM_THREADS");
+
+/// Handler: one of its workers does what `{"worker":N,"do":…}` tells it to; its source lists what it knows.
+pub const HOSTILE_WORKERS: &str = env!("HOSTILE_WORKERS");
+
+/// [`HOSTILE_WORKERS`] with threads.
+pub const HOSTILE_WORKERS_THREADS: &str = env!("HOSTILE_WORKERS_THREADS");
+
+/// Handler: computes for benches, and replies with the time that it took.
+pub const KERNELS: &str = env!("KERNELS");
+
+/// [`KERNELS`] with threads.
+pub const KERNELS_THREADS: &str = env!("KERNELS_THREADS");
+
+/// Handler: draws the Mandelbrot set, `{"width":W,"height":H,"file":F}`.
+pub const MANDELBROT: &str = env!("MANDELBROT");
+
+/// [`MANDELBROT`] with threads.
+pub const MANDELBROT_THREADS: &str = env!("MANDELBROT_THREADS");
+
+/// Handler: two workers wake each other in turn, `{"rounds":N}`; alone it fails its tasks.
+pub const PINGPONG: &str = env!("PINGPONG");
+
+/// [`PINGPONG`] with threads.
+pub const PINGPONG_THREADS: &str = env!("PINGPONG_THREADS");
+
+/// Handler: adds up the numbers of `{"start":A,"end":B}`.
+pub const SUM: &str = env!("SUM");
+
+/// [`SUM`] with threads.
+pub const SUM_THREADS: &str = env!("SUM_THREADS");
+
+/// [`COURIER`] with threads.
+pub const COURIER_THREADS: &str = env!("COURIER_THREADS");
+
+/// [`DATA_PROCESSOR`] with threads.
+pub const DATA_PROCESSOR_THREADS: &str = env!("DATA_PROCESSOR_THREADS");
+
+/// [`ECHO`] with threads.
+pub const ECHO_THREADS: &str = env!("ECHO_THREADS");
+
+/// [`FIB`] with threads.
+pub const FIB_THREADS: &str = env!("FIB_THREADS");
+
+/// [`WHOAMI`] with threads.
+pub const WHOAMI_THREADS: &str = env!("WHOAMI_THREADS");
+
+/// Command with threads: does what its first argument tells it to; its usage lists what it knows.
+pub const HOSTILE_THREADS: &str = env!("HOSTILE_THREADS");
+
+/// Command with threads: counts primes with rayon.
+pub const PRIMES: &str = env!("PRIMES");
+
+/// Command with threads: `THREADS START END` adds up numbers.
+pub const SUM_COMMAND: &str = env!("SUM_COMMAND");
+
+/// Command with threads that others wrote: `b3sum` of the BLAKE3 project, with rayon, as it was published. It prints the
+/// hashes of its files.
+pub const FOREIGN_THREADS: &str = env!("FOREIGN_THREADS");
+
+/// Handler: blurs a picture, the chunks of a PGM, into the output.
+pub const BLUR: &str = env!("BLUR");
+
+/// Handler: the Adler-32 checksum of each chunk, or of all of them.
+pub const CHECKSUM: &str = env!("CHECKSUM");
+
+/// Handler: misuses windows as its data, or `{"act":…}`, tells it to; its source lists what it knows.
+pub const HOSTILE_WINDOWS: &str = env!("HOSTILE_WINDOWS");
+
+/// Handler: counts lines, words and bytes of each chunk, or of all of them.
+pub const WORDCOUNT: &str = env!("WORDCOUNT");
+
 /// The directory that all guests are in.
 #[must_use]
 pub fn dir() -> &'static Path {

@@ -2,8 +2,6 @@
 
 use std::{collections::BTreeMap, io::Write, sync::Arc};
 
-use serde_json::json;
-
 use crate::{lines::Writer, outcome::Answer};
 
 /// Whose task it is: its place in the output when that is ordered, and its line.
@@ -73,30 +71,11 @@ impl Drop for Answers {
 
 /// Appends one answer, as a line.
 fn write_answer(line: &mut Vec<u8>, number: u64, answer: &Answer, attempts: u32) {
-    // most answers are replies, which are not taken apart
     let _ = write!(line, r#"{{"line":{number}"#);
     if attempts > 1 {
         let _ = write!(line, r#","attempts":{attempts}"#);
     }
-    match answer {
-        Answer::Reply(reply) => {
-            line.extend_from_slice(br#","reply":"#);
-            reply.write_line(line);
-        }
-        Answer::NoReply => {}
-        Answer::Error(reason) => {
-            line.extend_from_slice(br#","error":{"kind":"guest","value":"#);
-            reason.write_line(line);
-            line.push(b'}');
-        }
-        Answer::Invalid(error) => {
-            let _ = write!(line, r#","error":{}"#, json!({"kind": "invalid", "message": error.to_string()}));
-        }
-        Answer::Ended(outcome) => {
-            line.extend_from_slice(br#","error":"#);
-            serde_json::to_writer(&mut *line, outcome).expect("plain data has a JSON form");
-        }
-    }
+    answer.write_members(line);
     line.extend_from_slice(b"}\n");
 }
 

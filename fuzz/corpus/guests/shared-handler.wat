@@ -1,0 +1,1 @@
+(module (import "env" "memory" (memory 1 2 shared)) (func (export "wrun:guest/handler@0.1.0#handle") (param i32 i32) (result i32) (i32.const 0)) (@custom "component-type:x" "\00asm\0d\00\01\00"))

@@ -1,0 +1,1 @@
+(module (import "env" "memory" (memory 1 2 shared)) (import "wasi" "thread-spawn" (func $s (param i32) (result i32))) (func (export "wasi_thread_start") (param i32 i32) (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const 0)))) (func (export "_start") (drop (call $s (memory.grow (i32.const 1))))))
