@@ -118,6 +118,7 @@ mod mode;
 pub mod outcome;
 mod process;
 mod sandbox;
+mod settings;
 mod signal;
 mod supervisor;
 
@@ -127,5 +128,6 @@ pub use error::{Error, ExitCode};
 pub use mode::*;
 pub use process::Isolation;
 pub use sandbox::{Cache, Form, Guest, Inspection, LoadError, Shape, Source};
+pub use settings::Flaw;
 pub use signal::Signal;
 pub use supervisor::Restart;

@@ -21,11 +21,13 @@ use wrun::{
     event::Event,
     limits::Bytes,
     outcome::Outcome,
+    watch,
 };
 
 use crate::{
     cli::{
-        Cli, ClusterArgs, Command, CompileArgs, ExecArgs, ForkArgs, LogFormat, Output, RunArgs, SpawnArgs, ThreadsArgs,
+        Cli, ClusterArgs, Command, CompileArgs, ExecArgs, ForkArgs, InspectArgs, LogFormat, Output, RunArgs, SpawnArgs,
+        ThreadsArgs, WatchArgs,
     },
     report::{EventLog, Printer, Progress},
 };
@@ -42,10 +44,8 @@ fn main() -> ExitCode {
         Command::Fork(args) => fork(*args, printer),
         Command::Cluster(args) => cluster(*args, printer),
         Command::Threads(args) => threads(*args, printer),
-        Command::Inspect(args) => wrun::inspect(&args.guest).map(|found| {
-            report::inspection(&found, args.json);
-            0
-        }),
+        Command::Watch(args) => watch(*args, printer),
+        Command::Inspect(args) => inspect(&args),
         Command::Compile(args) => compile(&args),
         Command::Doctor(args) => Checkup::run().map(|found| {
             report::checkup(&found, args.json);
@@ -209,7 +209,7 @@ fn with_mailbox(
 
 fn cluster(args: ClusterArgs, printer: Printer) -> Result<u8, Error> {
     let ordered = args.ordered;
-    let access_log = args.port.access_log.clone().filter(|file| !file.as_os_str().is_empty());
+    let access_log = args.port.clients.log_file();
     let listen = args.port.listen;
     let mut builder = args.builder()?;
     let listens = match listen {
@@ -244,11 +244,46 @@ fn cluster(args: ClusterArgs, printer: Printer) -> Result<u8, Error> {
     };
     last_lines.wait();
     last_requests.into_iter().for_each(report::LastLines::wait);
-    Ok(match end? {
+    Ok(code_of(end?))
+}
+
+fn watch(args: WatchArgs, printer: Printer) -> Result<u8, Error> {
+    let cannot = |source| Error::Io { what: "open the log", source };
+    let (log, last_lines) = EventLog::start(printer, None).map_err(cannot)?;
+    let access = args.clients.log_file().map(|file| EventLog::start(printer, Some(&file)));
+    let (access, last_requests) = access.transpose().map_err(cannot)?.unzip();
+    let end = watch::run(args.builder()?, move |event| match (&event, &access) {
+        (watch::Event::Access { .. }, Some(access)) => access.tell(&event),
+        (event, _) => {
+            if let watch::Event::Listening { address } = event {
+                report::result(&format!("listening on http://{address}"));
+            }
+            log.tell(event);
+        }
+    });
+    last_lines.wait();
+    last_requests.into_iter().for_each(report::LastLines::wait);
+    Ok(code_of(end?))
+}
+
+/// The exit code of a mode that goes on until it is stopped.
+fn code_of(end: End) -> u8 {
+    match end {
         End::Done | End::Stopped { killed: false, .. } => 0,
         End::Stopped { signal, killed: true } => u8::try_from(128 + signal).unwrap_or(255),
         End::OutputClosed => 141,
-    })
+    }
+}
+
+fn inspect(args: &InspectArgs) -> Result<u8, Error> {
+    if args.guest.is_dir() {
+        let found = watch::inspect(&args.guest)?;
+        report::folder(&found, args.json);
+        let is_all = found.apps.iter().all(|app| app.refused.is_none());
+        return Ok(if is_all { 0 } else { wrun::ExitCode::Usage as u8 });
+    }
+    report::inspection(&wrun::inspect(&args.guest)?, args.json);
+    Ok(0)
 }
 
 fn compile(args: &CompileArgs) -> Result<u8, Error> {

@@ -19,10 +19,11 @@ use serde_json::json;
 use wrun::{
     Error, Failed, Report,
     doctor::{Checkup, Guard, Verdict},
-    event::{AccessRecord, Event, Stream, WorkerId},
+    event::{AccessRecord, Event, Stream},
     grant::Denied,
     limits::Bytes,
     outcome::{Answer, End, Outcome},
+    watch,
 };
 
 use crate::cli::LogFormat;
@@ -107,11 +108,11 @@ impl Printer {
         }
     }
 
-    /// Something that happened in a pool, as a line.
-    fn event_line(self, event: &Event) -> String {
+    /// Something that happened, as a line.
+    fn event_line(self, event: &impl Tell) -> String {
         match self.format {
             LogFormat::Json => serde_json::to_string(event).expect("plain data has a JSON form") + "\n",
-            LogFormat::Text => event_line(event),
+            LogFormat::Text => event.line(),
         }
     }
 
@@ -191,7 +192,7 @@ impl EventLog {
     }
 
     /// Takes an event, and never waits.
-    pub(crate) fn tell(&self, event: &Event) {
+    pub(crate) fn tell(&self, event: &impl Tell) {
         let line = self.printer.event_line(event);
         let mut waiting = lock(&self.shared.0);
         if waiting.text.len() + line.len() > WAITING_MAX {
@@ -246,8 +247,69 @@ impl LastLines {
     }
 }
 
-/// An event as one line.
-fn event_line(event: &Event) -> String {
+/// What happens in a mode that goes on for a while.
+pub(crate) trait Tell: Serialize {
+    /// As a line for people, with its end; empty when there is nothing to say.
+    fn line(&self) -> String;
+}
+
+impl Tell for Event {
+    fn line(&self) -> String {
+        event_line(self, None)
+    }
+}
+
+impl Tell for watch::Event {
+    fn line(&self) -> String {
+        use watch::Event as E;
+        let line = match self {
+            // the line on standard output says it
+            E::Listening { .. } => return String::new(),
+            E::Starting { app, version } => format!("{app}: version {version} is started"),
+            E::Live { app, version, took_ms, former: None } => {
+                format!("{app}: version {version} is live after {took_ms} ms")
+            }
+            E::Live { app, version, took_ms, former: Some(former) } => {
+                format!("{app}: version {version} is live after {took_ms} ms, in place of {former}")
+            }
+            E::Asleep { app, version } => format!("{app}: version {version} starts with the first request"),
+            E::Refused { app, version, reason } => {
+                let version = version.as_ref().map_or_else(String::new, |version| format!("version {version} "));
+                format!("{app}: {version}is not taken: {}", Lines(reason))
+            }
+            E::RolledBack { app, version, to, reason } => {
+                format!("{app}: version {version} crashed and {to} is started again: {}", Clean(reason))
+            }
+            E::Failed { app, version, reason } => format!("{app}: version {version} has failed: {}", Clean(reason)),
+            E::Removed { app } => format!("{app}: is no longer served"),
+            E::Ignored { file, reason } => format!("`{}` is ignored: {}", Clean(file), Clean(reason)),
+            E::Error { message } => Clean(message).to_string(),
+            E::Access { record } => return access_line(record.app.as_deref().unwrap_or("-"), record),
+            E::Worker { app, version, event } => return event_line(event, Some((app, version))),
+            E::Router { event, .. } => return event_line(event, Some(("router", ""))),
+            other => format!("{other:?}"),
+        };
+        format!("wrun: {line}\n")
+    }
+}
+
+/// Text of several lines that is ours but for what it quotes.
+struct Lines<'a>(&'a str);
+
+impl std::fmt::Display for Lines<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (n, line) in self.0.lines().enumerate() {
+            if n > 0 {
+                f.write_char('\n')?;
+            }
+            write!(f, "{}", Clean(line))?;
+        }
+        Ok(())
+    }
+}
+
+/// An event as one line, perhaps of one of several pools.
+fn event_line(event: &Event, of: Option<(&str, &str)>) -> String {
     let line = match event {
         Event::Fork { worker, pid, generation } => {
             format!("worker {worker}: started, pid {pid}, generation {generation}")
@@ -259,10 +321,11 @@ fn event_line(event: &Event) -> String {
                 Stream::Stdout => '|',
                 Stream::Stderr => '!',
             };
-            return format!("[{worker}] {mark} {}\n", Clean(line));
+            let of = of.map_or_else(String::new, |(app, _)| format!("{app} "));
+            return format!("[{of}{worker}] {mark} {}\n", Clean(line));
         }
         Event::Drop { worker, bytes } => format!("worker {worker}: printed too much, {bytes} bytes dropped"),
-        Event::Access { worker, record } => return access_line(*worker, record),
+        Event::Access { worker, record } => return access_line(&worker.to_string(), record),
         Event::Reload { took_ms, error: None } => format!("reloaded: all workers are new after {took_ms} ms"),
         Event::Reload { error: Some(error), .. } => {
             format!("the reload was given up, and the old workers go on: {}", Clean(error))
@@ -293,13 +356,17 @@ fn event_line(event: &Event) -> String {
         Event::Error { worker: None, message } => Clean(message).to_string(),
         other => format!("{other:?}"),
     };
-    format!("wrun: {line}\n")
+    match of {
+        None => format!("wrun: {line}\n"),
+        Some((part, "")) => format!("wrun: {part}: {line}\n"),
+        Some((app, version)) => format!("wrun: {app} {version}: {line}\n"),
+    }
 }
 
 /// A request as one line, in the order of the common log format, with the time in UTC as RFC 3339:
-/// `CLIENT - - [TIME] "METHOD TARGET PROTOCOL" STATUS BYTES "REFERER" "USER AGENT" MICROSECONDSus ID WORKER TRACEPARENT`,
-/// and `"WHY"` when it was refused before it was a request.
-fn access_line(worker: WorkerId, record: &AccessRecord) -> String {
+/// `CLIENT - - [TIME] "METHOD TARGET PROTOCOL" STATUS BYTES "REFERER" "USER AGENT" MICROSECONDSus ID WORKER TRACEPARENT`
+/// with the app in place of the worker when there are several, and `"WHY"` when it was refused before it was a request.
+fn access_line(worker: &str, record: &AccessRecord) -> String {
     let or_none = |text: &Option<String>| text.as_deref().map_or_else(|| "-".into(), quoted);
     let time = humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_millis(record.time_ms));
     let refused = record.refused.as_deref().map_or_else(String::new, |why| format!(" \"{}\"", quoted(why)));
@@ -322,6 +389,26 @@ fn access_line(worker: WorkerId, record: &AccessRecord) -> String {
 /// Text that stands between quotes: it can neither end them nor the line.
 fn quoted(text: &str) -> String {
     Clean(&text.replace('\\', "\\\\").replace('"', "\\\"")).to_string()
+}
+
+/// What of a folder would be served.
+pub(crate) fn folder(found: &watch::Inspected, as_json: bool) {
+    if as_json {
+        return print(&(serde_json::to_string(found).expect("plain data has a JSON form") + "\n"));
+    }
+    let mut text = String::new();
+    for watch::Found { name, version, at, refused, .. } in &found.apps {
+        let at = at.as_deref().unwrap_or("-");
+        let version = version.as_deref().unwrap_or("-");
+        let _ = match refused {
+            None => writeln!(text, "{name}: version {version} at {}", Clean(at)),
+            Some(reason) => writeln!(text, "{name}: not served: {}", Lines(reason)),
+        };
+    }
+    for (file, reason) in &found.ignored {
+        let _ = writeln!(text, "{}: ignored: {}", Clean(file), Clean(reason));
+    }
+    print(&text);
 }
 
 /// What a guest is.

@@ -17,7 +17,7 @@ pub(crate) use self::{
     command::CommandConfig,
     compiler::{Compiler, entry},
     group::Workers,
-    http::ListenConfig,
+    http::{At, Entry, ListenConfig, Listing, ROUTE_MAX, ROUTER, Route, RouterConfig, Standing, jail_of_router},
     map::{MEMORY_MAX, MapConfig, THREAD_STACK, can_map, cores, id_of, runtimes, threads},
     trial::{Scene, Trial, Tried, attempt_aside, live_on},
     worker::{WorkerConfig, jail_of, with_windows},
@@ -56,6 +56,7 @@ pub fn init() {
             Role::Command => command::main(start),
             Role::Compiler => compiler::main(start),
             Role::Trial => trial::main(start),
+            Role::Router => http::router::main(start),
         },
         // nobody listens: whoever started this is gone, or is no primary
         Err(_) => 125,

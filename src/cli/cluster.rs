@@ -119,6 +119,14 @@ pub(crate) struct PortArgs {
     /// At how much memory of its process a worker is replaced, without losing a request [default: never]
     #[arg(long, value_name = "SIZE")]
     max_memory: Option<Bytes>,
+    #[command(flatten)]
+    pub(crate) clients: ClientArgs,
+}
+
+/// What bounds the clients of a port, and what is told of them.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Port")]
+pub(crate) struct ClientArgs {
     /// Write a line for each request, to standard error or to FILE
     #[arg(long, num_args = 0..=1, require_equals = true, value_name = "FILE", default_missing_value = "")]
     // clap's own parser of paths refuses the empty one, which stands for no file
@@ -126,7 +134,7 @@ pub(crate) struct PortArgs {
     pub(crate) access_log: Option<PathBuf>,
     /// Believe the forwarded headers and request ids of this address or network; of all others they are removed
     #[arg(long = "trust-proxy", value_name = "ADDR[/BITS]", value_parser = parse_net)]
-    trusted: Vec<IpNet>,
+    pub(crate) trusted: Vec<IpNet>,
     /// The most bytes of a request's line and headers; beyond: 431
     #[arg(long, value_name = "SIZE", default_value = "64KiB")]
     header_max: Bytes,
@@ -148,6 +156,26 @@ pub(crate) struct PortArgs {
     /// The most connections of one worker; more wait at the port
     #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..))]
     connections: u32,
+}
+
+impl ClientArgs {
+    /// What bounds them.
+    pub(crate) fn limits(&self) -> HttpLimits {
+        HttpLimits {
+            head: self.header_max,
+            uri: self.uri_max,
+            body: self.body_max,
+            head_timeout: self.header_timeout,
+            idle_timeout: self.idle_timeout,
+            write_timeout: self.write_timeout,
+            connections: self.connections,
+        }
+    }
+
+    /// The file of the access log, when it is not standard error.
+    pub(crate) fn log_file(&self) -> Option<PathBuf> {
+        self.access_log.clone().filter(|file| !file.as_os_str().is_empty())
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
@@ -201,15 +229,6 @@ impl ClusterArgs {
         let data = Message::check(self.data.as_bytes(), self.message_max.as_usize())
             .map_err(|error| Error::Usage(format!("expected JSON for `--data`, but it is {error}")))?;
         let port = self.port;
-        let http = HttpLimits {
-            head: port.header_max,
-            uri: port.uri_max,
-            body: port.body_max,
-            head_timeout: port.header_timeout,
-            idle_timeout: port.idle_timeout,
-            write_timeout: port.write_timeout,
-            connections: port.connections,
-        };
         let mut builder = Cluster::builder(self.guest)
             .limits(limits)
             .grants(self.grants.grants())
@@ -231,13 +250,13 @@ impl ClusterArgs {
             .retries(self.retries)
             .heartbeat(self.heartbeat)
             .grace(self.grace)
-            .http(http)
+            .http(port.clients.limits())
             .balance(match port.balance {
                 BalanceArg::Shared => Balance::Shared,
                 BalanceArg::Slots => Balance::Slots,
             })
-            .access_log(port.access_log.is_some())
-            .trust_proxies(port.trusted);
+            .access_log(port.clients.access_log.is_some())
+            .trust_proxies(port.clients.trusted);
         for (name, buffer) in self.buffers.read()? {
             builder = builder.buffer(name, &buffer);
         }
@@ -273,7 +292,7 @@ impl ClusterArgs {
 }
 
 /// An address with its port, or a port of this machine alone.
-fn parse_listen(text: &str) -> Result<SocketAddr, String> {
+pub(super) fn parse_listen(text: &str) -> Result<SocketAddr, String> {
     let port = text.strip_prefix("localhost:").or(text.strip_prefix(':')).unwrap_or(text);
     if let Ok(port) = port.parse() {
         return Ok(SocketAddr::new(LISTEN.ip(), port));

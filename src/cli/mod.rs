@@ -3,6 +3,7 @@
 mod cluster;
 mod command;
 mod threads;
+mod watch;
 
 use std::{fs::File, path::PathBuf, time::Duration};
 
@@ -20,6 +21,7 @@ pub(crate) use self::{
     cluster::{ClusterArgs, LISTEN},
     command::{ExecArgs, ForkArgs, SpawnArgs},
     threads::{Output, ThreadsArgs, print_aside},
+    watch::WatchArgs,
 };
 
 /// Run WebAssembly guests in parallel, each in a sandbox
@@ -65,6 +67,7 @@ pub(crate) enum Command {
     Fork(Box<ForkArgs>),
     Cluster(Box<ClusterArgs>),
     Threads(Box<ThreadsArgs>),
+    Watch(Box<WatchArgs>),
     Inspect(InspectArgs),
     Compile(CompileArgs),
     Doctor(DoctorArgs),
@@ -107,10 +110,12 @@ pub(crate) struct RunArgs {
 }
 
 /// Say what a guest is, what it asks for, and which modes can run it
+///
+/// Of a folder: what `wrun watch` would serve of it, and why not the rest. Exits with 2 when an app would not be served.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  wrun inspect --json echo.wasm")]
 pub(crate) struct InspectArgs {
-    /// The guest; `-` reads it from standard input
+    /// The guest, or a folder; `-` reads a guest from standard input
     pub(crate) guest: PathBuf,
     /// As one JSON object
     #[arg(long, help_heading = "Output")]

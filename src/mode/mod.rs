@@ -6,6 +6,7 @@ mod compile;
 pub mod doctor;
 mod inspect;
 pub mod threads;
+pub mod watch;
 
 pub use self::{
     cluster::Cluster,

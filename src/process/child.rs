@@ -4,7 +4,7 @@ use std::{
     collections::VecDeque,
     io,
     os::{
-        fd::{FromRawFd, OwnedFd},
+        fd::{AsFd, FromRawFd, OwnedFd},
         unix::{net::UnixStream, process::CommandExt},
     },
     process::Command,
@@ -162,7 +162,7 @@ const RECEIVED: usize = 16 << 10;
 /// # Errors
 /// As the system says.
 pub(crate) fn receive_more(
-    socket: &UnixStream,
+    socket: impl AsFd,
     buffer: &mut [u8],
     incoming: &mut Incoming,
     fds: &mut VecDeque<OwnedFd>,
@@ -172,7 +172,7 @@ pub(crate) fn receive_more(
     if missing >= buffer.len() {
         let space = incoming.space();
         let length = space.len();
-        let (_, received) = rustix::net::recv(socket, &mut space.spare_capacity_mut()[..missing], flags)?;
+        let (_, received) = rustix::net::recv(&socket, &mut space.spare_capacity_mut()[..missing], flags)?;
         // SAFETY: the system has written so many bytes behind those that were there.
         unsafe { space.set_len(length + received) };
         return Ok(received);

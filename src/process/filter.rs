@@ -237,7 +237,8 @@ impl Filter {
         if self.files == Files::Change {
             allow(WRITES);
         }
-        if self.purpose == Purpose::Port {
+        let accepts = matches!(self.purpose, Purpose::Port | Purpose::Router);
+        if accepts {
             allow(ACCEPTS);
         }
         let executable = libc::PROT_EXEC.cast_unsigned().into();
@@ -273,7 +274,12 @@ impl Filter {
             rule(&[equal(1, level.cast_unsigned().into()), equal(2, name.cast_unsigned().into())])
         };
         let (mut set, mut asked) = (vec![], vec![]);
-        if self.purpose == Purpose::Port {
+        if self.purpose == Purpose::Router {
+            // both ends of it are its own
+            let unix = libc::AF_UNIX.cast_unsigned().into();
+            list.insert(libc::SYS_socketpair, vec![rule(&[equal(0, unix)])]);
+        }
+        if accepts {
             set.push(option((libc::IPPROTO_TCP, libc::TCP_NODELAY)));
             asked.push(option((libc::SOL_SOCKET, libc::SO_ERROR)));
         }

@@ -62,6 +62,8 @@ pub(crate) enum Purpose {
     Guest,
     /// To run one for those who connect to the listener that it was given.
     Port,
+    /// To pass on what comes to the listener that it was given, over sockets that it makes in pairs.
+    Router,
     /// To compile one: it sees that what it made can be linked, and so makes memory executable.
     Compiler,
 }

@@ -7,6 +7,7 @@
 //! The primary believes a child nothing: who speaks is known by the socket, lengths are capped before memory is
 //! spent, and no descriptor ever comes back.
 
+pub(crate) mod channel;
 pub(crate) mod child;
 mod filter;
 mod jail;
@@ -94,6 +95,8 @@ pub(crate) enum Role {
     Compiler,
     /// It tries what no guest should be able to do.
     Trial,
+    /// It passes requests to workers.
+    Router,
 }
 
 /// The program that children are made of.
@@ -255,6 +258,11 @@ impl Process {
     /// Adds a frame to what is sent with the next [`Process::flush`].
     pub(crate) fn send(&mut self, kind: Kind, id: u64, body: &[u8]) {
         self.outgoing.push(kind, id, body);
+    }
+
+    /// As [`Process::send`], with a descriptor.
+    pub(crate) fn send_with(&mut self, kind: Kind, id: u64, body: &[u8], fd: OwnedFd) {
+        self.outgoing.push_with(kind, id, body, fd);
     }
 
     /// Writes what can be written without waiting. An error shows when the process is looked at.

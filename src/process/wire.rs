@@ -67,6 +67,17 @@ pub(crate) enum Kind {
     Denied = 20,
     /// To the worker: a buffer comes with this, and the body is its name.
     Buffer = 21,
+    /// To the router: where an app's requests go; the body is a route. The id is the number of the version that is live,
+    /// whose channel comes with this; 0 when none is.
+    Route = 22,
+    /// To the router: the app of this name is no more.
+    Unroute = 23,
+    /// To the router: what there is to list.
+    Index = 24,
+    /// To the primary: nothing of the version with this number is in flight any more.
+    Idle = 25,
+    /// To the primary: somebody waits for the app of this name.
+    Wake = 26,
 }
 
 impl Kind {
@@ -93,6 +104,11 @@ impl Kind {
             19 => Self::Walls,
             20 => Self::Denied,
             21 => Self::Buffer,
+            22 => Self::Route,
+            23 => Self::Unroute,
+            24 => Self::Index,
+            25 => Self::Idle,
+            26 => Self::Wake,
             _ => return None,
         })
     }
@@ -300,12 +316,12 @@ mod tests {
 
     #[test]
     fn an_unknown_kind_is_refused() {
-        for kind in [0, 22, 255] {
+        for kind in [0, 27, 255] {
             let mut incoming = Incoming::new(100);
             incoming.space().extend_from_slice(&[0, 0, 0, 0, kind, 0, 0, 0, 0, 0, 0, 0, 0]);
             assert_eq!(incoming.next(), Err(WireError::UnknownKind { kind }));
         }
-        for kind in 1..=21 {
+        for kind in 1..=26 {
             assert_eq!(Kind::from_byte(kind).map(|kind| kind as u8), Some(kind));
         }
     }

@@ -35,22 +35,38 @@ impl Guest {
     /// # Errors
     /// When there is no such file, it is no regular file, or it is too large.
     pub fn read(path: &Path) -> Result<Self, LoadError> {
-        let mut bytes = Vec::new();
-        let unreadable = |source| LoadError::Unreadable { path: path.into(), source };
-        if path == Path::new("-") {
-            io::stdin().lock().take(GUEST_MAX.0 + 1).read_to_end(&mut bytes).map_err(unreadable)?;
-        } else {
-            let file = open_file(path)?;
-            // the size is looked at before anything is read
-            if file.metadata().map_err(unreadable)?.len() > GUEST_MAX.0 {
-                return Err(LoadError::TooLarge { path: path.into(), max: GUEST_MAX });
-            }
-            file.take(GUEST_MAX.0 + 1).read_to_end(&mut bytes).map_err(unreadable)?;
+        if path != Path::new("-") {
+            return Self::read_file(open_file(path)?, path);
         }
+        Self::of(name_of(path), io::stdin().lock(), path)
+    }
+
+    /// Reads one from a file that is open, and is called so.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is too large.
+    pub(crate) fn read_file(file: File, path: &Path) -> Result<Self, LoadError> {
+        // the size is looked at before anything is read
+        let metadata = file.metadata().map_err(|source| LoadError::Unreadable { path: path.into(), source })?;
+        if metadata.len() > GUEST_MAX.0 {
+            return Err(LoadError::TooLarge { path: path.into(), max: GUEST_MAX });
+        }
+        Self::of(name_of(path), file, path)
+    }
+
+    fn of(name: String, reader: impl Read, path: &Path) -> Result<Self, LoadError> {
+        let mut bytes = Vec::new();
+        let read = reader.take(GUEST_MAX.0 + 1).read_to_end(&mut bytes);
+        read.map_err(|source| LoadError::Unreadable { path: path.into(), source })?;
         if bytes.len() as u64 > GUEST_MAX.0 {
             return Err(LoadError::TooLarge { path: path.into(), max: GUEST_MAX });
         }
-        Ok(Self { name: name_of(path), bytes })
+        Ok(Self { name, bytes })
+    }
+
+    /// As [`Guest::digest`], of the guest and what goes with it.
+    pub(crate) fn digest_with(&self, more: &[u8]) -> [u8; 32] {
+        Sha256::new().chain_update(self.digest()).chain_update(more).finalize().into()
     }
 
     /// SHA-256 of the bytes as they came: the guest's version.

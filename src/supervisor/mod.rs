@@ -16,6 +16,7 @@ mod worker;
 use std::{
     future::Future,
     io,
+    os::fd::OwnedFd,
     pin::Pin,
     task::{Context, Poll},
     time::{Duration, Instant},
@@ -177,6 +178,13 @@ impl Supervisor {
     pub(crate) fn send(&mut self, worker: WorkerId, kind: Kind, id: u64, body: &[u8]) {
         if let Some(worker) = &mut self.seat(worker).current {
             worker.process.send(kind, id, body);
+        }
+    }
+
+    /// As [`Supervisor::send`], with a descriptor.
+    pub(crate) fn send_with(&mut self, worker: WorkerId, kind: Kind, id: u64, body: &[u8], fd: OwnedFd) {
+        if let Some(worker) = &mut self.seat(worker).current {
+            worker.process.send_with(kind, id, body, fd);
         }
     }
 

@@ -6,20 +6,24 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     os::fd::{AsFd, OwnedFd},
     rc::Rc,
     time::Duration,
 };
 
 use rustix::{io::Errno, net::SocketFlags};
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    net::TcpStream,
-};
+use tokio::io::{Interest, unix::AsyncFd};
 
-use super::{Server, connection};
-use crate::{child::worker::DESCRIPTORS_OF_A_PORT, process::wire::Kind};
+use super::{
+    connection,
+    front::{Front, Serve},
+    stream::Stream,
+};
+use crate::{
+    child::worker::DESCRIPTORS_OF_A_PORT,
+    process::{channel, wire::Kind},
+};
 
 /// How long a worker with more than its share lets others go first, and how often.
 const STEP_BACK: Duration = Duration::from_millis(1);
@@ -29,24 +33,43 @@ const STEPS_BACK: u32 = 5;
 const PAUSE_FIRST: Duration = Duration::from_millis(10);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
+/// Where connections come from.
+pub(super) enum Listener {
+    /// From clients.
+    Tcp(OwnedFd),
+    /// From the router, which speaks for its clients.
+    Channel(OwnedFd),
+}
+
+/// Takes a connection, and says whose it is.
+type Accept = fn(&OwnedFd) -> io::Result<(Stream, IpAddr)>;
+
+/// The address of the router, which nobody else can have.
+pub(crate) const ROUTER: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+
 /// Accepts connections until it is dropped.
-pub(super) async fn run(server: Rc<Server>, listener: OwnedFd) {
-    let max = server.config.http.connections.min(descriptors());
+pub(super) async fn run(server: Rc<impl Serve>, listener: Listener) {
+    let front = server.front().clone();
+    let max = front.limits.connections.min(descriptors());
+    let (listener, accept) = match listener {
+        Listener::Tcp(listener) => (listener, accept as Accept),
+        Listener::Channel(channel) => (channel, receive as Accept),
+    };
     // SAFETY: an `OwnedFd` is open until it is dropped and is the same all the time; it is dropped with the `AsyncFd`.
     let listener = match unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) } {
         Ok(listener) => listener,
-        Err(error) => return tell(&server, &format!("could not wait for connections: {error}")),
+        Err(error) => return tell(&front, &format!("could not wait for connections: {error}")),
     };
-    server.note_connections(0);
+    front.note_connections(0);
     let mut pause = PAUSE_FIRST;
     loop {
-        while server.held.get() >= max {
-            server.ended.notified().await;
+        while front.held() >= max {
+            front.ended.notified().await;
         }
         // the listener is there as long as this is
         let Ok(mut ready) = listener.readable().await else { return };
         for _ in 0..STEPS_BACK {
-            if !server.board.is_above_share(server.held.get()) {
+            if !front.is_above_share() {
                 break;
             }
             tokio::time::sleep(STEP_BACK).await;
@@ -56,13 +79,13 @@ pub(super) async fn run(server: Rc<Server>, listener: OwnedFd) {
             Err(_) => {}
             Ok(Ok((stream, peer))) => {
                 pause = PAUSE_FIRST;
-                server.note_connections(1);
+                front.note_connections(1);
                 tokio::task::spawn_local(connection::run(server.clone(), stream, peer));
             }
             Ok(Err(error)) => match Errno::from_io_error(&error) {
                 Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
                     if pause == PAUSE_FIRST {
-                        tell(&server, &format!("accepts no more connections for a while: {error}"));
+                        tell(&front, &format!("accepts no more connections for a while: {error}"));
                     }
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(PAUSE_MAX);
@@ -74,11 +97,15 @@ pub(super) async fn run(server: Rc<Server>, listener: OwnedFd) {
     }
 }
 
-fn accept(listener: &OwnedFd) -> io::Result<(TcpStream, IpAddr)> {
+fn accept(listener: &OwnedFd) -> io::Result<(Stream, IpAddr)> {
     let (stream, peer) = rustix::net::acceptfrom_with(listener.as_fd(), SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
     let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
     let peer = peer.ok_or_else(|| io::Error::other("a client without an address"))?;
-    Ok((TcpStream::from_std(stream.into())?, peer.ip().to_canonical()))
+    Ok((Stream::tcp(stream)?, peer.ip().to_canonical()))
+}
+
+fn receive(channel: &OwnedFd) -> io::Result<(Stream, IpAddr)> {
+    Ok((Stream::unix(channel::receive(channel)?)?, ROUTER))
 }
 
 /// For how many connections there are descriptors. The jail has asked for as many as are wanted.
@@ -89,7 +116,6 @@ fn descriptors() -> u32 {
     })
 }
 
-fn tell(server: &Server, message: &str) {
-    server.worker.out.push(Kind::Warning, 0, message.as_bytes());
-    server.worker.pulse.touch();
+fn tell(front: &Front, message: &str) {
+    front.say(Kind::Warning, 0, message.as_bytes());
 }

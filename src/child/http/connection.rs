@@ -15,6 +15,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::{
+    framing::{Doing, Framing, Refused},
+    front::{Front, Serve},
+    stream::Stream,
+};
+use crate::limits::HttpLimits;
 use hyper::{
     rt::{Read, ReadBufCursor, Write},
     server::conn::http1,
@@ -24,14 +30,6 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec},
     net::Shutdown,
 };
-use tokio::{io::Interest, net::TcpStream};
-
-use super::{
-    Server,
-    framing::{Doing, Framing, Refused},
-    request,
-};
-use crate::limits::HttpLimits;
 
 /// How often connections are looked at: so often within the shortest of their times, but within these bounds.
 const LOOKS: u32 = 4;
@@ -56,7 +54,7 @@ pub(super) struct Connection {
     order: Cell<Option<Order>>,
     waker: RefCell<Option<Waker>>,
     /// Its socket; none for a request that nobody has sent.
-    stream: Option<Rc<TcpStream>>,
+    stream: Option<Rc<Stream>>,
     /// Why something was refused before it was a request.
     refused: Cell<Option<&'static str>>,
 }
@@ -73,7 +71,7 @@ enum Order {
 }
 
 impl Connection {
-    pub(super) fn new(peer: IpAddr, stream: Option<Rc<TcpStream>>) -> Self {
+    pub(super) fn new(peer: IpAddr, stream: Option<Rc<Stream>>) -> Self {
         Self {
             peer,
             stream,
@@ -140,14 +138,14 @@ impl Connection {
 }
 
 /// Looks at all connections, as long as it is polled.
-pub(super) async fn watch(server: Rc<Server>) {
-    let limits = &server.config.http;
+pub(super) async fn watch(front: Rc<Front>) {
+    let limits = &front.limits;
     let shortest = limits.head_timeout.min(limits.idle_timeout).min(limits.write_timeout);
     let pause = (shortest / LOOKS).clamp(LOOK_MIN, LOOK_MAX);
     loop {
         tokio::time::sleep(pause).await;
         let now = Instant::now();
-        server.connections.borrow_mut().retain(|connection| {
+        front.connections.borrow_mut().retain(|connection| {
             let Some(connection) = connection.upgrade() else { return false };
             if let Some(order) = connection.overdue(limits, now) {
                 connection.command(order);
@@ -160,17 +158,18 @@ pub(super) async fn watch(server: Rc<Server>) {
 }
 
 /// Serves a connection to its end.
-pub(super) async fn run(server: Rc<Server>, stream: TcpStream, peer: IpAddr) {
-    let _counted = Counted(server.clone());
+pub(super) async fn run(server: Rc<impl Serve>, stream: Stream, peer: IpAddr) {
+    let front = server.front().clone();
+    let _counted = Counted(front.clone());
     let stream = Rc::new(stream);
     let connection = Rc::new(Connection::new(peer, Some(stream.clone())));
-    server.connections.borrow_mut().push(Rc::downgrade(&connection));
-    let head_max = server.config.http.head.as_usize();
-    let io = Io { stream, framing: Framing::new(head_max), server: server.clone(), connection: connection.clone() };
-    let (of_service, to_service) = (server.clone(), connection.clone());
+    front.connections.borrow_mut().push(Rc::downgrade(&connection));
+    let head_max = front.limits.head.as_usize();
+    let io = Io { stream, framing: Framing::new(head_max), front: front.clone(), connection: connection.clone() };
+    let to_service = connection.clone();
     let service = service_fn(move |request| {
-        let (server, connection) = (of_service.clone(), to_service.clone());
-        async move { Ok::<_, Infallible>(request::answer(server, connection, request).await) }
+        let (server, connection) = (server.clone(), to_service.clone());
+        async move { Ok::<_, Infallible>(server.answer(connection, request).await) }
     });
     let mut http = http1::Builder::new();
     // time is watched here
@@ -194,17 +193,15 @@ pub(super) async fn run(server: Rc<Server>, stream: TcpStream, peer: IpAddr) {
         // there is room: nothing else was written
         let _ = stream.try_write(TOO_SLOW);
     }
-    if server.config.access_log {
-        let refused = match (&end, connection.refused.get()) {
-            (Ok(_), Some(reason)) => Some((400, reason.to_owned())),
-            (Ok(Err(error)), None) if error.is_parse_too_large() => Some((431, "its head is too large".into())),
-            (Ok(Err(error)), None) if error.is_parse() => Some((400, error.to_string())),
-            (Err(Order::TooSlow), _) => Some((408, "its head took too long".into())),
-            _ => None,
-        };
-        if let Some((status, reason)) = refused {
-            request::log_refused(&server, &connection, status, reason);
-        }
+    let refused = match (&end, connection.refused.get()) {
+        (Ok(_), Some(reason)) => Some((400, reason.to_owned())),
+        (Ok(Err(error)), None) if error.is_parse_too_large() => Some((431, "its head is too large".into())),
+        (Ok(Err(error)), None) if error.is_parse() => Some((400, error.to_string())),
+        (Err(Order::TooSlow), _) => Some((408, "its head took too long".into())),
+        _ => None,
+    };
+    if let Some((status, reason)) = refused {
+        front.log_refused(&connection, status, reason);
     }
     if end.is_ok() && framing.doing() != Doing::Nothing {
         let _ = tokio::time::timeout(LINGER, discard(stream)).await;
@@ -218,7 +215,7 @@ const DISCARDED_MAX: usize = 64 << 20;
 
 /// Takes what a client still sends after its last response. To close at once would reset the connection, and the client
 /// would lose the response that says why.
-async fn discard(stream: Rc<TcpStream>) -> io::Result<()> {
+async fn discard(stream: Rc<Stream>) -> io::Result<()> {
     rustix::net::shutdown(&*stream, Shutdown::Write)?;
     let mut bytes = [0; 4 << 10];
     let mut left = DISCARDED_MAX;
@@ -238,7 +235,7 @@ async fn discard(stream: Rc<TcpStream>) -> io::Result<()> {
 const BUFFER: usize = 64 << 10;
 
 /// Counts a connection as long as it is there.
-struct Counted(Rc<Server>);
+struct Counted(Rc<Front>);
 
 impl Drop for Counted {
     fn drop(&mut self) {
@@ -249,9 +246,9 @@ impl Drop for Counted {
 
 /// The server's side of a connection.
 struct Io {
-    stream: Rc<TcpStream>,
+    stream: Rc<Stream>,
     framing: Framing,
-    server: Rc<Server>,
+    front: Rc<Front>,
     connection: Rc<Connection>,
 }
 
@@ -263,7 +260,7 @@ impl Io {
                 Ok(count) => {
                     if count > 0 && count < to.len() {
                         // all that was there: to say so spares the call that would
-                        let _ = self.stream.try_io(Interest::READABLE, || Err::<(), _>(would_block()));
+                        self.stream.is_empty();
                     }
                     return Poll::Ready(Ok(count));
                 }
@@ -273,11 +270,7 @@ impl Io {
         }
     }
 
-    fn poll_out(
-        &self,
-        cx: &mut Context<'_>,
-        write: impl Fn(&TcpStream) -> io::Result<usize>,
-    ) -> Poll<io::Result<usize>> {
+    fn poll_out(&self, cx: &mut Context<'_>, write: impl Fn(&Stream) -> io::Result<usize>) -> Poll<io::Result<usize>> {
         let writes = &self.connection.writes;
         loop {
             if self.stream.poll_write_ready(cx)?.is_pending() {
@@ -297,14 +290,10 @@ impl Io {
     }
 }
 
-fn would_block() -> io::Error {
-    io::ErrorKind::WouldBlock.into()
-}
-
 impl Read for Io {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, mut to: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
-        let server = self.server.clone();
-        let mut scratch = server.scratch.borrow_mut();
+        let front = self.front.clone();
+        let mut scratch = front.scratch.borrow_mut();
         let max = to.remaining().min(scratch.len());
         let Poll::Ready(count) = self.poll_bytes(cx, &mut scratch[..max]) else {
             self.connection.reads.set(true);

@@ -12,7 +12,7 @@ use std::{
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 
-use super::request::{Ticket, Work};
+use super::{forward::Passage, request::Work, ticket::Ticket};
 use crate::sandbox::{BodyError, GuestBody, Unfinished};
 
 /// The body of a request, no longer than it may be.
@@ -93,6 +93,8 @@ enum Content {
     Whole(Option<Bytes>),
     /// What a guest writes.
     Guest(Box<Streamed>),
+    /// What comes from another process, until all of it has come.
+    PassedOn { body: Incoming, is_empty: bool, _passage: Passage },
 }
 
 /// The body of a response that a guest may still be writing.
@@ -124,6 +126,13 @@ impl Reply {
     }
 }
 
+impl Reply {
+    /// A response that another process gives; when it `is_empty`, there is none to come, whatever its head says.
+    pub(super) fn passed_on(body: Incoming, is_empty: bool, passage: Passage, ticket: Ticket) -> Self {
+        Self { content: Content::PassedOn { body, is_empty, _passage: passage }, ticket }
+    }
+}
+
 impl Body for Reply {
     type Data = Bytes;
     type Error = Unfinished;
@@ -136,6 +145,12 @@ impl Body for Reply {
                 Ok(Frame::data(bytes))
             })),
             Content::Guest(streamed) => streamed.poll_frame(cx, ticket),
+            Content::PassedOn { body, .. } => {
+                let frame = ready!(Pin::new(body).poll_frame(cx));
+                let length = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref().map(Bytes::len));
+                ticket.count(length.unwrap_or_default());
+                Poll::Ready(frame.map(|frame| frame.map_err(|_| Unfinished)))
+            }
         }
     }
 
@@ -143,6 +158,7 @@ impl Body for Reply {
         match &self.content {
             Content::Whole(bytes) => bytes.is_none(),
             Content::Guest(streamed) => streamed.is_empty,
+            Content::PassedOn { body, is_empty, .. } => *is_empty || body.is_end_stream(),
         }
     }
 
@@ -150,6 +166,7 @@ impl Body for Reply {
         match &self.content {
             Content::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, Bytes::len) as u64),
             Content::Guest(streamed) => streamed.promised.map_or_else(SizeHint::default, SizeHint::with_exact),
+            Content::PassedOn { body, .. } => body.size_hint(),
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::{
     future::Future,
     net::SocketAddr,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
     pin::Pin,
     sync::Arc,
@@ -11,7 +11,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 
 use super::{
     Cluster, Handle, Order, Work,
@@ -21,7 +21,7 @@ use super::{
 use crate::{
     Error,
     buffer::{self, Buffer, Named},
-    child::{Compiler, ListenConfig, MEMORY_MAX, WorkerConfig, cores, entry, jail_of, with_windows},
+    child::{Compiler, ListenConfig, MEMORY_MAX, ROUTER, WorkerConfig, cores, entry, jail_of, with_windows},
     event::Event,
     grant::Grants,
     limits::{Bytes, CompileLimits, HttpLimits, Limits},
@@ -82,6 +82,8 @@ pub enum Balance {
 #[must_use = "no pool is there before it is started"]
 pub struct Builder {
     guest: PathBuf,
+    /// The guest, when it was read already: then no reload brings another.
+    read: Option<Arc<Guest>>,
     workers: u32,
     compiler: Compiler,
     cache: Cache,
@@ -106,12 +108,15 @@ pub struct Builder {
     requests_max: Option<u64>,
     process_memory_max: Option<Bytes>,
     buffers: Named,
+    /// Whether connections come from a router, and not from a port of its own.
+    is_routed: bool,
 }
 
 impl Builder {
     pub(super) fn new(guest: PathBuf) -> Self {
         Self {
             guest,
+            read: None,
             workers: cores(),
             compiler: Compiler {
                 program: Program::Own,
@@ -140,7 +145,13 @@ impl Builder {
             requests_max: None,
             process_memory_max: None,
             buffers: vec![],
+            is_routed: false,
         }
+    }
+
+    /// What apps of a folder are made of, each with a guest of its own: one worker.
+    pub fn for_apps() -> Self {
+        Self::new(PathBuf::new()).workers(1)
     }
 
     /// How many worker processes; default one per core.
@@ -403,7 +414,7 @@ impl Builder {
         let work;
         let mut run: Pin<Box<dyn Future<Output = Result<(), Error>>>> = if self.listen.is_some() {
             let server = self.server(ordered, sink).await?;
-            work = Work::Port(server.address());
+            work = server.address().map_or_else(|| unreachable!("it listens"), Work::Port);
             Box::pin(async move { server.run().await.map(drop) })
         } else {
             let (tasks, submitted) = mpsc::channel(self.queue.max(1));
@@ -430,6 +441,46 @@ impl Builder {
         let launch = self.launch(Some(port.clone())).await?;
         let supervisor = Supervisor::new(self.workers, self.watch(), launch, events);
         Ok(Server::new(supervisor, port, self, orders))
+    }
+
+    /// A pool of a guest that was read already.
+    pub(in crate::mode) fn with_guest(mut self, guest: Arc<Guest>) -> Self {
+        self.read = Some(guest);
+        self
+    }
+
+    /// What bounds each instance and each task, so far.
+    pub(in crate::mode) fn current_limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// How many worker processes, so far.
+    pub(in crate::mode) fn current_workers(&self) -> u32 {
+        self.workers
+    }
+
+    /// Compiles the guest, and serves the connections that come over the workers' end of a router's channel, until the
+    /// pool is stopped. It compiles when `compiling` has room.
+    ///
+    /// # Errors
+    /// As [`Builder::start`], or when every worker failed.
+    pub(in crate::mode) async fn serve_channel(
+        mut self,
+        channel: OwnedFd,
+        orders: mpsc::UnboundedReceiver<Order>,
+        events: EventSink,
+        compiling: &Semaphore,
+    ) -> Result<(), Error> {
+        (self.is_routed, self.listen) = (true, None);
+        // whoever the router speaks for, it says
+        self.trusted.push(IpNet::from(ROUTER));
+        self.check()?;
+        let port = Arc::new(Port::of_channel(channel, self.workers)?);
+        let turn = compiling.acquire().await;
+        let launch = self.launch(Some(port.clone())).await?;
+        drop(turn);
+        let supervisor = Supervisor::new(self.workers, self.watch(), launch, events);
+        Server::new(supervisor, port, self, orders).run().await.map(drop)
     }
 
     /// Compiles the guest and makes the pool; its workers start when it runs.
@@ -469,15 +520,20 @@ impl Builder {
             heartbeat: self.heartbeat,
             ready_within: READY_WITHIN,
             grace: self.grace,
-            memory_max: self.process_memory_max.filter(|_| self.listen.is_some()),
+            memory_max: self.process_memory_max.filter(|_| self.has_clients()),
         }
+    }
+
+    /// Whether it serves clients, and not tasks.
+    fn has_clients(&self) -> bool {
+        self.is_routed || self.listen.is_some()
     }
 
     /// Whether guests are compiled with checks. Those of a port are: to end one that is out of time with its worker
     /// would end the connections of others, too.
     fn epoch_checks(&self) -> bool {
         match self.interrupt {
-            _ if self.listen.is_some() => true,
+            _ if self.has_clients() => true,
             Interrupt::Kill => false,
             Interrupt::Epoch => true,
             Interrupt::Auto => self.concurrency.is_some_and(|tasks| tasks > 1),
@@ -495,7 +551,10 @@ impl Builder {
 
     /// Compiles the guest as it is now: what makes workers of it, for a port or for tasks.
     pub(super) async fn launch(&self, port: Option<Arc<Port>>) -> Result<Launch, Error> {
-        let guest = Guest::read(&self.guest)?;
+        let guest = match &self.read {
+            Some(guest) => guest.clone(),
+            None => Arc::new(Guest::read(&self.guest)?),
+        };
         let name = guest.name.clone();
         let spec = self.engine(1);
         let entry = entry(&self.cache, spec, &guest)?;
@@ -526,7 +585,8 @@ impl Builder {
             None => InstanceLife::Task,
         };
         let engine = self.engine(concurrency);
-        let listen = port.as_ref().map(|_| ListenConfig {
+        let listen = port.as_ref().map(|port| ListenConfig {
+            is_routed: port.address().is_none(),
             http: self.http.clone(),
             queue: u32::try_from(self.queue.div_ceil(self.workers as usize)).unwrap_or(u32::MAX),
             access_log: self.access_log,
@@ -595,7 +655,7 @@ impl Builder {
         if self.workers == 0 || concurrency == 0 {
             return usage("expected at least one worker and one task at once");
         }
-        if self.interrupt == Interrupt::Kill && self.listen.is_some() {
+        if self.interrupt == Interrupt::Kill && self.has_clients() {
             return usage("`kill` would end all the connections of a worker: use `epoch` when it serves a port");
         }
         if concurrency > 1 && self.interrupt == Interrupt::Kill {

@@ -20,7 +20,8 @@ use std::{
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 pub use self::builder::{Balance, Builder, InstanceLife, Interrupt};
-use self::pool::{Client, Request, Stop};
+pub(in crate::mode) use self::pool::Stop;
+use self::pool::{Client, Request};
 pub use crate::outcome::Answer;
 use crate::{Error, event::Event, message::Message};
 
@@ -42,7 +43,7 @@ pub enum End {
 
 /// What the owner of a pool wants of it.
 #[derive(Debug)]
-enum Order {
+pub(in crate::mode) enum Order {
     /// An early end.
     Stop(Stop),
     /// Workers of the guest as it is now.

@@ -26,9 +26,10 @@ use crate::{
     supervisor::{Launch, Step, Supervisor},
 };
 
-/// A port that was taken.
+/// A port that was taken, or a channel of a router's.
 pub(super) struct Port {
-    address: SocketAddr,
+    /// None for a channel.
+    address: Option<SocketAddr>,
     board: Board,
     /// One for all workers, or one for each slot. They are kept here, so that connections which wait at them outlive the
     /// workers. None: nobody will come to accept there, and connections must not wait for it.
@@ -47,12 +48,18 @@ impl Port {
             for _ in 0..others {
                 listeners.push(Some(port::bind(address, true)?));
             }
-            Ok(Self { address, board: Board::new(workers)?, listeners: Mutex::new(listeners) })
+            Ok(Self { address: Some(address), board: Board::new(workers)?, listeners: Mutex::new(listeners) })
         };
         bind().map_err(|source| Error::Listen { address, source })
     }
 
-    pub(super) fn address(&self) -> SocketAddr {
+    /// The workers' end of a channel.
+    pub(super) fn of_channel(channel: OwnedFd, workers: u32) -> Result<Self, Error> {
+        let board = Board::new(workers).map_err(Error::io("make the board of a pool"))?;
+        Ok(Self { address: None, board, listeners: Mutex::new(vec![Some(channel)]) })
+    }
+
+    pub(super) fn address(&self) -> Option<SocketAddr> {
         self.address
     }
 
@@ -73,7 +80,7 @@ impl Port {
         let at = (worker as usize - 1) % listeners.len();
         let listener = match listeners[at].take() {
             Some(listener) => listener,
-            None => port::bind(self.address, true)?,
+            None => port::bind(self.address.ok_or(io::ErrorKind::NotConnected)?, true)?,
         };
         start(listeners[at].insert(listener).as_fd())
     }
@@ -144,7 +151,7 @@ impl Server {
         }
     }
 
-    pub(super) fn address(&self) -> SocketAddr {
+    pub(super) fn address(&self) -> Option<SocketAddr> {
         self.port.address()
     }
 
@@ -170,8 +177,10 @@ impl Server {
             match self.watch(cx) {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(Step::Online(_)) => {
-                    if !std::mem::replace(&mut self.has_listened, true) {
-                        self.supervisor.emit(Event::Listening { address: self.port.address() });
+                    if !std::mem::replace(&mut self.has_listened, true)
+                        && let Some(address) = self.port.address()
+                    {
+                        self.supervisor.emit(Event::Listening { address });
                     }
                 }
                 Poll::Ready(Step::Gone { worker, .. }) => {

@@ -1,0 +1,136 @@
+//! A version of an app: its guest and its settings, as they were when they were read.
+
+use std::{
+    collections::BTreeSet,
+    fs::File,
+    io::{self, Read},
+    os::unix::fs::MetadataExt,
+    path::Path,
+    sync::Arc,
+};
+
+use super::{
+    folder::{Folder, There, app_of},
+    settings::Settings,
+};
+use crate::{
+    child::At,
+    mode::cluster,
+    sandbox::{Form, Guest, Inspection, Shape, binary, import_hint, offered},
+    settings::{Flaw, SETTINGS_MAX},
+};
+
+/// A version.
+#[derive(Debug)]
+pub(super) struct Version {
+    /// The first twelve digits of a hash of all that it is made of.
+    pub(super) id: String,
+    pub(super) guest: Arc<Guest>,
+    pub(super) settings: Settings,
+    pub(super) at: At,
+    /// The pool that it is to be.
+    pub(super) pool: cluster::Builder,
+}
+
+impl Version {
+    /// Reads an app's files.
+    ///
+    /// # Errors
+    /// Why they are none that could be run.
+    pub(super) fn read(folder: &Folder, there: &There, app: &str, apps: &cluster::Builder) -> Result<Self, String> {
+        let wasm =
+            [format!("{app}.wasm"), format!("{app}.wat")].into_iter().find(|file| there.files.contains_key(file));
+        let file = wasm.ok_or_else(|| format!("there is no `{app}.wasm` and no `{app}.wat` for its settings"))?;
+        let toml = format!("{app}.toml");
+        let text = if there.files.contains_key(&toml) {
+            read_text(folder, &toml).map_err(|error| format!("`{toml}`: {error}"))?
+        } else {
+            String::new()
+        };
+        let in_settings = |flaw: Flaw| format!("`{toml}`: {flaw}");
+        let settings = Settings::read(&text).map_err(in_settings)?;
+        let at = settings.at(app).map_err(in_settings)?;
+        let pool = settings.apply(apps.clone(), &folder.path).map_err(in_settings)?;
+        let mut opened = folder.read(&file).map_err(|error| format!("`{file}`: {error}"))?;
+        let guest = stable(&mut opened, |opened| {
+            let again = opened.try_clone().map_err(|error| error.to_string())?;
+            Guest::read_file(again, Path::new(&file)).map_err(|error| error.to_string())
+        });
+        let guest = Arc::new(guest?);
+        let hash = guest.digest_with(text.as_bytes());
+        let first = hash.first_chunk().map_or(0, |first| u64::from_be_bytes(*first));
+        let id = format!("{:012x}", first >> 16);
+        let pool = pool.with_guest(guest.clone());
+        Ok(Self { id, guest, settings, at, pool })
+    }
+
+    #[cfg(test)]
+    pub(super) fn for_tests(id: &str) -> Self {
+        let guest = Guest { name: id.into(), bytes: vec![] };
+        let (settings, at) = (Settings::default(), At::Path(format!("/{id}")));
+        Self { id: id.into(), guest: Arc::new(guest), settings, at, pool: cluster::Builder::for_apps() }
+    }
+
+    /// Where it is, in words.
+    pub(super) fn place(&self) -> String {
+        match &self.at {
+            At::Path(path) => path.clone(),
+            At::Host(host) => host.clone(),
+        }
+    }
+
+    /// Why it could not run, as far as that can be seen without compiling it.
+    pub(super) fn would_not_run(&self) -> Option<String> {
+        if self.settings.disabled {
+            return Some("it is disabled".into());
+        }
+        let inspection = match binary(self.guest.bytes.clone()).and_then(|bytes| Inspection::of(&bytes)) {
+            Ok(inspection) => inspection,
+            Err(error) => return Some(error.to_string()),
+        };
+        if let Some(import) = inspection.imports.iter().find(|import| !offered(&inspection, import)) {
+            return Some(format!("it imports `{import}`: {}", import_hint(import)));
+        }
+        let fits = matches!(inspection.shape, Some(Shape::Handler | Shape::Http)) && inspection.form == Form::Component;
+        (!fits).then(|| "it answers no requests: expected an http guest or a handler, as a component".into())
+    }
+}
+
+/// The names of all apps that there are files of.
+pub(super) fn names(there: &There) -> impl Iterator<Item = &str> {
+    let names: BTreeSet<&str> = there.files.keys().filter_map(|file| app_of(file).ok()).collect();
+    names.into_iter()
+}
+
+/// The files that would make an app if there were not another one for it.
+pub(super) fn shadowed(there: &There) -> impl Iterator<Item = (String, &'static str)> {
+    let texts = there.files.keys().filter_map(|file| Some((file, file.strip_suffix(".wat")?)));
+    let shadowed = texts.filter(|(_, name)| there.files.contains_key(&format!("{name}.wasm")));
+    shadowed.map(|(file, _)| (file.clone(), "there is a `.wasm` of the same name"))
+}
+
+fn read_text(folder: &Folder, name: &str) -> Result<String, String> {
+    let mut file = folder.read(name).map_err(|error| error.to_string())?;
+    stable(&mut file, |file| {
+        let mut text = String::new();
+        file.take(SETTINGS_MAX + 1).read_to_string(&mut text).map_err(|error| error.to_string())?;
+        if text.len() as u64 > SETTINGS_MAX {
+            return Err(format!("expected at most {SETTINGS_MAX} bytes of settings"));
+        }
+        Ok(text)
+    })
+}
+
+/// What was read of a file that did not change meanwhile.
+fn stable<T>(file: &mut File, read: impl FnOnce(&mut File) -> Result<T, String>) -> Result<T, String> {
+    let state = |file: &File| -> io::Result<_> {
+        let metadata = file.metadata()?;
+        Ok((metadata.len(), metadata.mtime(), metadata.mtime_nsec()))
+    };
+    let before = state(file).map_err(|error| error.to_string())?;
+    let read = read(file)?;
+    if state(file).map_err(|error| error.to_string())? != before {
+        return Err("it changed while it was read".into());
+    }
+    Ok(read)
+}
