@@ -70,7 +70,7 @@ pub(crate) enum Kind {
     /// To the router: where an app's requests go; the body is a route. The id is the number of the version that is live,
     /// whose channel comes with this; 0 when none is.
     Route = 22,
-    /// To the router: the app of this name is no more.
+    /// To the router: the app of this name is no more. The id is the number of this change.
     Unroute = 23,
     /// To the router: what there is to list.
     Index = 24,
@@ -78,6 +78,8 @@ pub(crate) enum Kind {
     Idle = 25,
     /// To the primary: somebody waits for the app of this name.
     Wake = 26,
+    /// To the primary: the change of this number holds for all requests from now on.
+    Routed = 27,
 }
 
 impl Kind {
@@ -109,6 +111,7 @@ impl Kind {
             24 => Self::Index,
             25 => Self::Idle,
             26 => Self::Wake,
+            27 => Self::Routed,
             _ => return None,
         })
     }
@@ -316,12 +319,12 @@ mod tests {
 
     #[test]
     fn an_unknown_kind_is_refused() {
-        for kind in [0, 27, 255] {
+        for kind in [0, 28, 255] {
             let mut incoming = Incoming::new(100);
             incoming.space().extend_from_slice(&[0, 0, 0, 0, kind, 0, 0, 0, 0, 0, 0, 0, 0]);
             assert_eq!(incoming.next(), Err(WireError::UnknownKind { kind }));
         }
-        for kind in 1..=26 {
+        for kind in 1..=27 {
             assert_eq!(Kind::from_byte(kind).map(|kind| kind as u8), Some(kind));
         }
     }

@@ -44,7 +44,7 @@ const HUNG: Duration = Duration::from_secs(10);
 pub(crate) struct Who {
     pub(crate) worker: u32,
     pub(crate) generation: u32,
-    pid: i32,
+    pub(crate) pid: i32,
 }
 
 impl Who {
@@ -100,10 +100,15 @@ pub(crate) struct Failure {
 impl Load {
     /// So many clients, each on a connection that it keeps until the server wants it to end.
     pub(crate) fn start(server: &Server, clients: usize) -> Self {
+        Self::start_at(server, clients, "/")
+    }
+
+    /// As [`Load::start`], for this path.
+    pub(crate) fn start_at(server: &Server, clients: usize, path: &'static str) -> Self {
         let (shared, address) = (Arc::<Shared>::default(), server.address);
         let client = |client| {
             let shared = shared.clone();
-            thread::spawn(move || shared.ask(client, address))
+            thread::spawn(move || shared.ask(client, address, path))
         };
         let clients = (0..clients).map(client).collect();
         Self { shared, clients }
@@ -156,7 +161,7 @@ impl Shared {
     }
 
     /// One client. It ends when nobody listens any more.
-    fn ask(&self, client: usize, address: SocketAddr) {
+    fn ask(&self, client: usize, address: SocketAddr, path: &str) {
         let mut kept: Option<(Client, String)> = None;
         while !self.stop.load(Ordering::Relaxed) {
             let (mut connection, after) = match kept.take() {
@@ -167,7 +172,7 @@ impl Shared {
                 },
             };
             connection.stream.set_read_timeout(Some(HUNG)).unwrap();
-            connection.send_get("/");
+            connection.send_get(path);
             let begun = matches!(connection.stream.peek(&mut [0]), Ok(1));
             let response = connection.try_response();
             let mut tally = self.tally();

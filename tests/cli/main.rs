@@ -34,6 +34,7 @@ mod spawn;
 mod supervision;
 mod threads;
 mod tidy;
+mod watch;
 mod windows;
 mod workers;
 mod wrun;

@@ -31,7 +31,7 @@ use super::{
     front::{self, Front, Line, Serve},
     index,
     reply::Reply,
-    table::{Table, Target},
+    table::{Route, Table, Target},
     ticket::{Problem, check, finish},
 };
 use crate::{
@@ -177,7 +177,8 @@ impl Router {
                         drain = Some(tokio::task::spawn_local(front::drain(self.clone(), linger)));
                     }
                     Kind::Route => {
-                        let route = serde_json::from_slice(frame.body)?;
+                        let route: Route = serde_json::from_slice(frame.body)?;
+                        let number = route.number;
                         // a version that is live comes with its channel, and its number
                         let target = match frame.id {
                             0 => None,
@@ -187,8 +188,12 @@ impl Router {
                             }
                         };
                         self.table.set(route, target);
+                        self.front.say(Kind::Routed, number, b"");
                     }
-                    Kind::Unroute => self.table.remove(&String::from_utf8_lossy(frame.body)),
+                    Kind::Unroute => {
+                        self.table.remove(&String::from_utf8_lossy(frame.body));
+                        self.front.say(Kind::Routed, frame.id, b"");
+                    }
                     Kind::Index => {
                         self.table.set_index(serde_json::from_slice(frame.body)?);
                         // what comes first is the table: whoever came before it would find nothing

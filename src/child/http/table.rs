@@ -25,6 +25,8 @@ pub(crate) const ROUTE_MAX: usize = 255;
 /// Where an app is, and how it stands.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Route {
+    /// The number of this change.
+    pub(crate) number: u64,
     /// Its name.
     pub(crate) app: String,
     /// Which requests are for it.
@@ -178,7 +180,7 @@ impl Table {
             Rc::new(App { state: RefCell::new(state), changed: Notify::new(), waiting: Cell::new(0) })
         };
         let app = apps.entry(route.app.clone()).or_insert_with(new).clone();
-        places.remove(&app.route().at);
+        leave(&mut places, &app);
         places.insert(route.at.clone(), app.clone());
         let former = {
             let mut state = app.state.borrow_mut();
@@ -193,7 +195,7 @@ impl Table {
     /// An app is no more.
     pub(super) fn remove(&self, name: &str) {
         let Some(app) = self.apps.borrow_mut().remove(name) else { return };
-        self.places.borrow_mut().remove(&app.route().at);
+        leave(&mut self.places.borrow_mut(), &app);
         let former = {
             let mut state = app.state.borrow_mut();
             state.route = Rc::new(Route { standing: Standing::Down, ..(*state.route).clone() });
@@ -261,6 +263,14 @@ impl Table {
                 return Err(unavailable("this app did not start in time"));
             }
         }
+    }
+}
+
+/// Takes an app from where it was, unless another one is there now.
+fn leave(places: &mut HashMap<At, Rc<App>>, app: &Rc<App>) {
+    let at = &app.route().at;
+    if places.get(at).is_some_and(|there| Rc::ptr_eq(there, app)) {
+        places.remove(at);
     }
 }
 

@@ -6,7 +6,10 @@ use std::{
 };
 
 use super::{Event, version::Version};
-use crate::{child::Standing, outcome::millis};
+use crate::{
+    child::{At, Standing},
+    outcome::millis,
+};
 
 /// How long a version that went live can still be taken back.
 pub(super) const TRIAL: Duration = Duration::from_secs(30);
@@ -68,6 +71,10 @@ pub(super) struct App {
     marked: Vec<String>,
     pub(super) error: Option<String>,
     disabled: bool,
+    /// Its files are gone.
+    gone: bool,
+    /// Where it is, or was last, and how long a request may take there.
+    pub(super) place: Option<(At, Option<Duration>)>,
     grace: Duration,
 }
 
@@ -95,6 +102,11 @@ impl App {
         live.or(self.next.as_ref().map(|next| &next.run.version)).or(self.asleep.as_ref())
     }
 
+    /// Whether its files are there.
+    pub(super) fn is_there(&self) -> bool {
+        !self.gone
+    }
+
     /// Whether nothing of it is left.
     pub(super) fn is_over(&self) -> bool {
         self.live.is_none() && self.next.is_none() && self.asleep.is_none() && self.retiring.is_empty()
@@ -103,7 +115,7 @@ impl App {
     /// Its files came to rest, and are this version.
     pub(super) fn offer(&mut self, version: Arc<Version>, serial: u64, lazy: bool, now: Instant) -> Vec<Act> {
         let mut acts = vec![];
-        self.disabled = false;
+        (self.disabled, self.gone) = (false, false);
         let is = |other: &Arc<Version>| other.id == version.id;
         if self.next.as_ref().is_some_and(|next| is(&next.run.version)) || self.asleep.as_ref().is_some_and(is) {
             return acts;
@@ -120,6 +132,7 @@ impl App {
         }
         if self.live.is_none() && lazy {
             acts.push(Act::Tell(Event::Asleep { app: self.name.clone(), version: version.id.clone() }));
+            self.place = Some(version.at_and_timeout());
             self.asleep = Some(version);
             acts.push(Act::Route(None, Standing::Asleep));
             return acts;
@@ -132,6 +145,7 @@ impl App {
     /// Its files are none that can be run.
     pub(super) fn reject(&mut self, version: Option<String>, reason: String) -> Vec<Act> {
         let mut acts = vec![];
+        self.gone = false;
         self.drop_next(&mut acts);
         self.refuse(version, reason, &mut acts);
         acts
@@ -145,7 +159,8 @@ impl App {
         if let Some(run) = self.live.take() {
             self.retiring.push((run.serial, now + self.grace));
         }
-        (self.asleep, self.former, self.error, self.disabled) = (None, None, None, disabled);
+        (self.asleep, self.former, self.error) = (None, None, None);
+        (self.disabled, self.gone, self.place) = (disabled, !disabled, None);
         self.marked.clear();
         acts.push(Act::Unroute);
         if was {
@@ -170,6 +185,7 @@ impl App {
         };
         let took_ms = millis(now.duration_since(run.since));
         run.since = now;
+        self.place = Some(run.version.at_and_timeout());
         let mut acts = vec![Act::Route(Some(serial), Standing::Live)];
         let version = run.version.id.clone();
         let former = self.live.replace(run);
@@ -269,6 +285,7 @@ impl App {
         self.next = Some(Next { run, is_return });
         acts.push(Act::Start(serial, version));
         if self.live.is_none() {
+            self.place = self.next.as_ref().map(|next| next.run.version.at_and_timeout());
             // whoever asks from now on waits
             acts.push(Act::Route(None, Standing::Starting));
         }

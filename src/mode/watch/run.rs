@@ -2,7 +2,7 @@
 
 use std::{
     cell::Cell,
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, VecDeque},
     future::poll_fn,
     io,
     os::fd::{AsFd, OwnedFd},
@@ -34,7 +34,7 @@ use crate::{
     mode::cluster::{End, Order, Stop},
     outcome::millis,
     process::{
-        Process, Program, Role, channel, port, runtime,
+        Isolation, Process, Program, Role, channel, port, runtime,
         wire::{Frame, Kind},
     },
     signal::Signals,
@@ -113,6 +113,11 @@ struct Watched<F> {
     runs: HashMap<u64, Running>,
     serial: Cell<u64>,
     router: Supervisor,
+    /// How often the router was told where requests go, and how many of these changes hold.
+    changes: u64,
+    changed: u64,
+    /// What is told when the changes before it hold, with how many those are.
+    untold: VecDeque<(u64, Event)>,
     listing: Listing,
     compiling: Arc<Semaphore>,
     news: mpsc::UnboundedSender<News>,
@@ -122,6 +127,10 @@ struct Watched<F> {
 }
 
 async fn watch<F: FnMut(Event)>(builder: Builder, tell: F) -> Result<End, Error> {
+    if builder.isolation == Isolation::Thread {
+        let expected = "apps and the router are processes: expected `process` or `jail` for their isolation";
+        return Err(Error::Usage(expected.into()));
+    }
     let path = absolute(&builder.folder).map_err(Error::io("find the folder"))?;
     let folder = Folder { path };
     std::fs::read_dir(&folder.path).map_err(Error::io("read the folder"))?;
@@ -141,6 +150,9 @@ async fn watch<F: FnMut(Event)>(builder: Builder, tell: F) -> Result<End, Error>
         runs: HashMap::new(),
         serial: Cell::new(0),
         router,
+        changes: 0,
+        changed: 0,
+        untold: VecDeque::new(),
         listing: Listing::default(),
         compiling: Arc::new(Semaphore::new(cores() as usize)),
         news,
@@ -242,8 +254,21 @@ fn router(builder: &Builder, listener: Arc<Mutex<Option<OwnedFd>>>, news: mpsc::
 }
 
 impl<F: FnMut(Event)> Watched<F> {
+    /// Tells the world, when what was to be changed before holds: whoever hears that a version is live finds it so.
     fn tell(&mut self, event: Event) {
-        (self.tell)(event);
+        if self.changed < self.changes {
+            self.untold.push_back((self.changes, event));
+        } else {
+            (self.tell)(event);
+        }
+    }
+
+    /// So many changes hold.
+    fn note_changed(&mut self, changed: u64) {
+        self.changed = self.changed.max(changed.min(self.changes));
+        while let Some((_, event)) = self.untold.pop_front_if(|(after, _)| *after <= self.changed) {
+            (self.tell)(event);
+        }
     }
 
     fn next_serial(&self) -> u64 {
@@ -304,9 +329,11 @@ impl<F: FnMut(Event)> Watched<F> {
         let ignored = self.there.ignored.clone().into_iter().chain(shadowed);
         let ignored: BTreeMap<_, _> = ignored.filter(|(file, _)| is_meant(file)).collect();
         let new: Vec<_> = ignored.iter().filter(|(file, _)| !self.ignored.contains_key(*file)).collect();
-        for (file, reason) in new {
-            (self.tell)(Event::Ignored { file: file.clone(), reason: reason.clone() });
-        }
+        let new: Vec<_> = new
+            .into_iter()
+            .map(|(file, reason)| Event::Ignored { file: file.clone(), reason: reason.clone() })
+            .collect();
+        new.into_iter().for_each(|event| self.tell(event));
         self.ignored = ignored;
     }
 
@@ -373,7 +400,10 @@ impl<F: FnMut(Event)> Watched<F> {
                     }
                 }
                 Act::Route(serial, standing) => self.route(name, serial, standing),
-                Act::Unroute => self.router.send(ROUTER, Kind::Unroute, 0, name.as_bytes()),
+                Act::Unroute => {
+                    self.changes += 1;
+                    self.router.send(ROUTER, Kind::Unroute, self.changes, name.as_bytes());
+                }
                 Act::Stop(serial) => {
                     if let Some(run) = self.runs.get(&serial) {
                         let _ = run.orders.send(Order::Stop(Stop::Politely));
@@ -387,7 +417,7 @@ impl<F: FnMut(Event)> Watched<F> {
                 Act::Tell(event) => self.tell(event),
             }
         }
-        if self.apps.get(name).is_some_and(|app| app.is_over() && !names(&self.there).any(|other| other == name)) {
+        if self.apps.get(name).is_some_and(|app| app.is_over() && !app.is_there()) {
             self.apps.remove(name);
         }
     }
@@ -421,12 +451,10 @@ impl<F: FnMut(Event)> Watched<F> {
 
     /// Tells the router where requests of an app go.
     fn route(&mut self, name: &str, serial: Option<u64>, standing: Standing) {
-        let Some(version) = self.apps.get(name).and_then(App::version) else {
-            // one that never was anywhere
-            return self.router.send(ROUTER, Kind::Unroute, 0, name.as_bytes());
-        };
-        let timeout = version.pool.current_limits().timeout;
-        let route = Route { app: name.into(), at: version.at.clone(), timeout, standing };
+        // one that never was anywhere is nowhere
+        let Some((at, timeout)) = self.apps.get(name).and_then(|app| app.place.clone()) else { return };
+        self.changes += 1;
+        let route = Route { number: self.changes, app: name.into(), at, timeout, standing };
         let route = to_vec(&route).expect("plain data has a JSON form");
         let Some((serial, run)) = serial.and_then(|serial| Some((serial, self.runs.get_mut(&serial)?))) else {
             return self.router.send(ROUTER, Kind::Route, 0, &route);
@@ -474,7 +502,8 @@ impl<F: FnMut(Event)> Watched<F> {
                 error: app.error.clone(),
             }
         };
-        let listing = Listing { apps: self.apps.iter().map(entry).collect() };
+        let there = self.apps.iter().filter(|(_, app)| app.is_there());
+        let listing = Listing { apps: there.map(entry).collect() };
         if listing != self.listing {
             self.listing = listing;
             self.send_listing();
@@ -541,6 +570,7 @@ impl<F: FnMut(Event)> Watched<F> {
                 }
                 self.tell(Event::Access { record });
             }
+            Told::Routed(number) => self.note_changed(number),
             Told::Idle(serial) => {
                 let Some(name) = self.runs.get(&serial).map(|run| run.app.clone()) else { return };
                 let acts = self.apps.get_mut(&name).map(|app| app.idle(serial)).unwrap_or_default();
@@ -557,6 +587,8 @@ impl<F: FnMut(Event)> Watched<F> {
 
     /// With a router all that it had in flight is gone.
     fn forget_in_flight(&mut self) {
+        // the next one begins with all changes
+        self.note_changed(self.changes);
         let names: Vec<_> = self.apps.keys().cloned().collect();
         for name in names {
             let acts = self.apps.get_mut(&name).map(App::all_idle).unwrap_or_default();
@@ -609,6 +641,7 @@ enum Told {
     Access(Box<AccessRecord>, u64),
     Idle(u64),
     Wake(String),
+    Routed(u64),
 }
 
 fn told_by_router(frame: Frame<'_>) -> Result<Told, String> {
@@ -617,6 +650,7 @@ fn told_by_router(frame: Frame<'_>) -> Result<Told, String> {
             .map(|record| Told::Access(record, frame.id))
             .map_err(|error| format!("it sent a broken access record: {error}")),
         Kind::Idle => Ok(Told::Idle(frame.id)),
+        Kind::Routed => Ok(Told::Routed(frame.id)),
         Kind::Wake => Ok(Told::Wake(String::from_utf8_lossy(frame.body).into_owned())),
         kind => Err(format!("it sent {kind:?}, which is not for a folder")),
     }

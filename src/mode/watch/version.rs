@@ -7,6 +7,7 @@ use std::{
     os::unix::fs::MetadataExt,
     path::Path,
     sync::Arc,
+    time::Duration,
 };
 
 use super::{
@@ -69,6 +70,11 @@ impl Version {
         let guest = Guest { name: id.into(), bytes: vec![] };
         let (settings, at) = (Settings::default(), At::Path(format!("/{id}")));
         Self { id: id.into(), guest: Arc::new(guest), settings, at, pool: cluster::Builder::for_apps() }
+    }
+
+    /// Where it is, and how long a request may take there.
+    pub(super) fn at_and_timeout(&self) -> (At, Option<Duration>) {
+        (self.at.clone(), self.pool.current_limits().timeout)
     }
 
     /// Where it is, in words.
