@@ -17,7 +17,9 @@ pub(crate) use self::{
     command::CommandConfig,
     compiler::{Compiler, entry},
     group::Workers,
-    http::{At, Entry, ListenConfig, Listing, ROUTE_MAX, ROUTER, Route, RouterConfig, Standing, jail_of_router},
+    http::{
+        At, Entry, ListenConfig, Listing, ROUTE_MAX, ROUTER, Route, RouterConfig, RunConfig, Standing, jail_of_router,
+    },
     map::{MEMORY_MAX, MapConfig, THREAD_STACK, can_map, cores, id_of, runtimes, threads},
     trial::{Scene, Trial, Tried, attempt_aside, live_on},
     worker::{WorkerConfig, jail_of, with_windows},

@@ -215,7 +215,7 @@ enum Work {
     /// From the primary.
     Tasks,
     /// From a port.
-    Port(Port),
+    Port(Box<Port>),
 }
 
 /// What a worker begins with.
@@ -267,7 +267,7 @@ impl Worker {
                 };
                 let Identity { id, generation, count, .. } = config.identity;
                 let port = Port::new(listen, board, listener, (id, generation, count));
-                Work::Port(port.map_err(|error| broken(error.to_string()))?)
+                Work::Port(Box::new(port.map_err(|error| broken(error.to_string()))?))
             }
         };
         let shape = config.inspection.shape.filter(|_| matches!(work, Work::Port(_))).unwrap_or(Shape::Handler);
@@ -333,7 +333,7 @@ impl Worker {
         let Begin { work, socket, incoming } = begin;
         let worker = Rc::new(self);
         let outcome = match work {
-            Work::Port(port) => runtime.block_on(http::serve(worker, port, socket, incoming)),
+            Work::Port(port) => runtime.block_on(http::serve(worker, *port, socket, incoming)),
             Work::Tasks => match runtime.block_on(worker.get_ready()) {
                 Err(outcome) => Ok(outcome),
                 Ok(()) if worker.concurrency == 1 => worker.serve_in_turn(&runtime, &socket, incoming),
@@ -348,7 +348,11 @@ impl Worker {
     pub(super) async fn make_first(&self) -> Result<(), Outcome> {
         let first = self.sandbox.start(&self.setup).await;
         self.lines.settle();
-        self.idle.borrow_mut().push(first?);
+        let first = first?;
+        // one of a command can be run, and that once, with streams of its own
+        if self.shape != Shape::Command {
+            self.idle.borrow_mut().push(first);
+        }
         Ok(())
     }
 

@@ -23,7 +23,8 @@ use wasmtime::{
     component::{Linker, ResourceTable, ResourceTableError},
 };
 use wasmtime_wasi::{
-    FsPerms, I32Exit, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView, p1::WasiP1Ctx, sockets::SocketAddrUse,
+    FsPerms, I32Exit, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView, p1::WasiP1Ctx, p2::pipe::MemoryInputPipe,
+    sockets::SocketAddrUse,
 };
 use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView, p2::bindings::Proxy};
 
@@ -328,8 +329,11 @@ pub(super) fn wasi(setup: &Setup) -> Result<WasiCtxBuilder, LoadError> {
             use crate::event::Stream::{Stderr, Stdout};
             wasi.inherit_stdin().stdout(Output::Own(Stdout)).stderr(Output::Own(Stderr));
         }
-        Stdio::Sink(sink) => {
+        Stdio::Sink(sink) | Stdio::Piped(_, sink) => {
             use crate::event::Stream::{Stderr, Stdout};
+            if let Stdio::Piped(input, _) = &setup.stdio {
+                wasi.stdin(MemoryInputPipe::new(input.clone()));
+            }
             wasi.stdout(Output::Sink(Stdout, sink.clone())).stderr(Output::Sink(Stderr, sink.clone()));
         }
     }

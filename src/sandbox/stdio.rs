@@ -42,6 +42,8 @@ pub(crate) enum Stdio {
     Inherit,
     /// No input; what is printed goes to a sink.
     Sink(Arc<dyn OutputSink>),
+    /// This input, and the same.
+    Piped(Bytes, Arc<dyn OutputSink>),
 }
 
 /// One output stream of a guest.

@@ -1,14 +1,18 @@
 //! A folder whose guests are live: what comes, changes and goes there, and what clients feel of it.
 
 use std::{
+    collections::BTreeSet,
     fs,
     io::Write,
     os::unix::fs::PermissionsExt,
     path::PathBuf,
+    process::Command,
     time::{Duration, Instant},
 };
 
-use guest_artifacts::{CRASH, CRASH_AT_START, ECHO, HELLO, HELLO_HTTP, HOSTILE, SLOW, UPLOAD};
+use guest_artifacts::{
+    ARGS_P1, CAT, CRASH, CRASH_AT_START, ECHO, HELLO, HELLO_HTTP, HOSTILE, HOSTILE_COMMAND_P1, SLOW, UPLOAD,
+};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -305,6 +309,72 @@ fn no_request_fails_when_a_guest_is_replaced() {
 }
 
 #[test]
+fn whatever_happens_to_a_file_each_answer_is_of_a_version_that_was_live() {
+    const CHANGES: u32 = 30;
+    let mut apps = Apps::with(|wrun| wrun.args(["--grace", "30s"]));
+    apps.live("app", guest(HELLO_HTTP));
+    // another process, as installers are: two guests alternately, in ways that change at random
+    let script = r#"
+        state=$3
+        for change in $(seq "$4"); do
+            state=$(( (state * 1103515245 + 12345) % 2147483648 ))
+            from=$([ $(( (state >> 16) % 2 )) = 0 ] && echo "$1" || echo "$2")
+            case $(( (state >> 8) % 4 )) in
+                0) cp "$from" .app.tmp && mv .app.tmp app.wasm ;;
+                1) cp "$from" app.wasm ;;
+                2) rm -f app.wasm; cp "$from" app.wasm ;;
+                3) { head -c 1000 "$from"; sleep 0.05; tail -c +1001 "$from"; } > app.wasm ;;
+            esac
+            sleep 0.$(( state % 10 ))
+        done
+        cp "$1" app.wasm"#;
+    let other = apps.folder.path("other.wasm");
+    fs::write(&other, variant(HELLO_HTTP, 1)).unwrap();
+    let load = Load::start_at(&apps.server, 4, "/app");
+    let installer = Command::new("sh")
+        .args(["-c", script, "sh", HELLO_HTTP])
+        .arg(&other)
+        .args(["7", &CHANGES.to_string()])
+        .current_dir(apps.path(""))
+        .status();
+    assert!(installer.unwrap().success());
+    // what is there at the end is live at the end
+    let last = apps.live("last", guest(HELLO_HTTP))["version"].clone();
+    eventually("it settles", || apps.listed("app")["version"] == last);
+    let tally = load.stop();
+    tally.is_unharmed();
+    // the processes that answered are those of versions that went live
+    apps.server.signal(Signal::TERM);
+    let finished = apps.server.running.wait().code(0);
+    let events = events(&finished);
+    let forked: BTreeSet<i64> =
+        events.iter().filter(|event| event["event"] == "fork").filter_map(|event| event["pid"].as_i64()).collect();
+    assert!(tally.answers.keys().all(|answer| forked.contains(&Who::of(answer).pid.into())), "{tally:?}");
+    assert!(events.iter().filter(|event| event["event"] == "live").count() > 5, "{}", finished.stderr_text());
+    assert!(events.iter().all(|event| event["event"] != "refused"), "{}", finished.stderr_text());
+}
+
+#[test]
+fn events_that_were_lost_are_no_loss() {
+    let queue: usize = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap().trim().parse().unwrap();
+    let mut apps = Apps::new();
+    apps.live("app", guest(HELLO_HTTP));
+    // while it stands still, more happens than the system remembers, and what is of interest last
+    apps.server.signal(Signal::STOP);
+    for _ in 0..=queue / 2 {
+        fs::write(apps.path("noise.txt"), "x").unwrap();
+    }
+    fs::remove_file(apps.path("noise.txt")).unwrap();
+    apps.put("app.wasm", variant(HELLO_HTTP, 1));
+    apps.put("new.wasm", guest(HELLO_HTTP));
+    apps.server.signal(Signal::CONT);
+    let live: BTreeSet<_> = (0..2).map(|_| event(&mut apps.server, "live")["app"].to_string()).collect();
+    assert_eq!(live.into_iter().collect::<Vec<_>>(), ["\"app\"", "\"new\""]);
+    // and it is heard again
+    apps.live("app", variant(HELLO_HTTP, 2));
+}
+
+#[test]
 fn what_was_begun_is_finished_by_the_version_that_has_it() {
     let mut apps = Apps::with(|wrun| wrun.args(["--grace", "30s"]));
     apps.live("app", guest(SLOW));
@@ -439,6 +509,69 @@ fn an_app_has_what_its_settings_grant_and_no_more() {
 }
 
 #[test]
+fn a_command_runs_once_for_each_request_when_its_settings_say_so() {
+    let mut apps = Apps::new();
+    apps.put("cat.wasm", guest(CAT));
+    let reason = apps.told("refused", "cat")["reason"].clone();
+    assert!(reason.as_str().unwrap().contains("expected an http guest, found a command guest"), "{reason}");
+    apps.put("cat.toml", "mode = 'command'\nbody-max = '1MiB'\n");
+    assert!(apps.told("refused", "cat")["reason"].as_str().unwrap().contains("unknown field `body-max`"));
+    apps.put("cat.toml", "mode = 'command'\nstdout-max = '1000B'\nworkers = 2\n");
+    apps.told("live", "cat");
+    let answer = apps.server.post("/cat", "some text\n");
+    assert_eq!((answer.status, answer.header("content-type")), (200, Some("text/plain; charset=utf-8")));
+    assert_eq!(answer.text(), "some text\n");
+    let answer = apps.server.post("/cat", [0xff, 0]);
+    assert_eq!((answer.body, answer.headers[0].1.as_str()), (vec![0xff, 0], "application/octet-stream"));
+    assert_eq!((apps.get("/cat").status, apps.get("/cat").text()), (200, String::new()));
+    assert_eq!(apps.server.post("/cat", vec![b'x'; 1000]).text().len(), 1000);
+    assert_eq!(kind(&apps.server.post("/cat", vec![b'x'; 1001])), (500, "limit".into()));
+    // a core module as well, which learns of the request, and of nothing else that was not given to it
+    apps.put(
+        "args.toml",
+        "mode = 'command'\ncontent-type = 'application/json'\nargs = ['a b']\n[env]\nMINE = '1'\nREMOTE_ADDR = 'x'\n",
+    );
+    apps.live("args", guest(ARGS_P1));
+    let head = "PUT /args/x%20y?q=1 HTTP/1.1\r\nHost: a\r\nProxy: evil\r\nContent-Type: text/x\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi";
+    let answer = apps.server.request(head);
+    assert_eq!(answer.header("content-type"), Some("application/json"));
+    let env = json!({
+        "GATEWAY_INTERFACE": "CGI/1.1", "SERVER_PROTOCOL": "HTTP/1.1", "REQUEST_METHOD": "PUT", "PATH_INFO": "/x%20y",
+        "QUERY_STRING": "q=1", "REMOTE_ADDR": "x", "CONTENT_LENGTH": "2", "CONTENT_TYPE": "text/x", "MINE": "1",
+    });
+    assert_eq!(answer.json(), json!({"args": ["args", "a b"], "env": env}));
+    // whatever becomes of a run, the next one is another
+    for (args, status, found) in [
+        ("['exit', '0']", 200, ""),
+        ("['exit', '3']", 500, "exited"),
+        ("['trap']", 500, "trapped"),
+        ("['spin']", 504, "limit"),
+        ("['grow', '10']", 200, ""),
+        ("['grow', '80']", 500, "limit"),
+    ] {
+        apps.put("act.toml", format!("mode = 'command'\ntimeout = '300ms'\nmemory = '64MiB'\nargs = {args}\n"));
+        if apps.path("act.wasm").exists() {
+            apps.told("live", "act");
+        } else {
+            apps.live("act", guest(HOSTILE_COMMAND_P1));
+        }
+        for _ in 0..2 {
+            let answer = apps.get("/act");
+            assert_eq!(answer.status, status, "{args}: {answer:?}");
+            if status != 200 {
+                assert_eq!(kind(&answer).1, found, "{args}");
+            }
+        }
+    }
+    // and one that never reads its input does not wait for it
+    apps.put("act.toml", "mode = 'command'\nargs = ['stderr', 'to the log']\n");
+    apps.told("live", "act");
+    assert_eq!(apps.server.post("/act", vec![b'x'; 3 << 20]).text(), "");
+    let output = apps.told("output", "act");
+    assert_eq!((&output["line"], &output["stream"]), (&json!("to the log"), &json!("stderr")));
+}
+
+#[test]
 fn limits_of_an_app_hold() {
     let mut apps = Apps::new();
     apps.put("slow.toml", "timeout = '300ms'\n");
@@ -534,7 +667,9 @@ fn one_that_is_lazy_starts_with_its_first_request() {
     apps.told("asleep", "app");
     assert_eq!((&apps.listed("app")["state"], children(apps.server.pid()).len()), (&json!("asleep"), 1), "the router");
     let mut clients: Vec<Client> = (0..8).map(|_| apps.server.connect()).collect();
-    clients.iter_mut().for_each(|client| client.send_get("/app"));
+    for client in &mut clients {
+        client.send_get("/app");
+    }
     assert!(clients.iter_mut().all(|client| client.response().status == 200));
     assert_eq!(apps.listed("app")["state"], "live");
     // one that does not start, and one whose file says that it is not lazy
@@ -704,7 +839,7 @@ fn inspect_says_what_would_be_served_and_why_not_the_rest() {
         app["refused"].as_str().unwrap_or_default().to_owned()
     };
     assert_eq!((refused("good"), refused("shop")), (String::new(), String::new()));
-    assert!(refused("bad").contains("not WAT") && refused("wrong").contains("expected an http guest or a handler"));
+    assert!(refused("bad").contains("not WAT") && refused("wrong").contains("`mode = \"command\"`"));
     assert_eq!(refused("twice"), "another app is at `/good` already");
     assert_eq!(refused("off"), "it is disabled");
     assert!(refused("typo").contains("did you mean `memory`?"), "{}", refused("typo"));

@@ -13,6 +13,7 @@
 //! | [`ticket`] | one request on its way, and what is said instead of an answer |
 //! | [`framing`] | whether a client's bytes can be read in one way only |
 //! | [`request`] | from a request to its guest, and back |
+//! | [`run`] | the same for a command: one run for each request |
 //! | [`reply`] | bodies, and a guest that goes on while its response is sent |
 //! | [`gate`] | how many requests run and wait at once |
 //! | [`client`] | who asks, and which of its headers are believed |
@@ -28,6 +29,7 @@ mod index;
 mod reply;
 mod request;
 pub(super) mod router;
+mod run;
 mod stream;
 mod table;
 mod ticket;
@@ -53,6 +55,7 @@ pub(crate) use self::{
     accept::ROUTER,
     index::{Entry, Listing},
     router::{RouterConfig, jail_of_router},
+    run::RunConfig,
     table::{At, ROUTE_MAX, Route, Standing},
 };
 use super::worker::Worker;
@@ -83,6 +86,8 @@ pub(crate) struct ListenConfig {
     pub(crate) probe: Option<String>,
     /// After how many requests it asks for a successor.
     pub(crate) requests_max: Option<u64>,
+    /// How a command answers requests, when the guest is one.
+    pub(crate) command: Option<RunConfig>,
 }
 
 /// A port that is to be served.
@@ -110,6 +115,7 @@ struct Server {
     front: Rc<Front>,
     gate: Gate,
     requests_max: Option<u64>,
+    command: Option<RunConfig>,
 }
 
 /// The worker, until it is drained.
@@ -134,7 +140,7 @@ pub(super) async fn serve(
     };
     let front = Front::new(config.http, config.access_log, config.trusted, Some(seat), line);
     let gate = Gate::new(worker.concurrency, config.queue, front.ended.clone());
-    let server = Rc::new(Server { worker, front, gate, requests_max: config.requests_max });
+    let server = Rc::new(Server { worker, front, gate, requests_max: config.requests_max, command: config.command });
     if let Some(path) = &config.probe
         && let Err(reason) = probe(&server, path).await
     {

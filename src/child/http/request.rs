@@ -10,6 +10,8 @@
 //! | the method is `CONNECT` | 501 | 501 |
 //! | the method is not `POST`, the body is no JSON | (the guest's business) | 405, 400 |
 //!
+//! A command is in [`run`](super::run).
+//!
 //! Once a response's head is out, a guest that fails can only be told by the end of the connection.
 
 use std::{
@@ -35,6 +37,7 @@ use super::{
     front::{Front, Serve},
     gate::{Full, Place},
     reply::{Reply, Streamed, Upload},
+    run::run,
     ticket::{Problem, Ticket, check, finish},
 };
 use crate::{
@@ -63,6 +66,7 @@ impl Serve for Server {
         let mut response = match check(&self.front.limits, &request, max) {
             Err(problem) => ticket.refuse(problem),
             Ok(()) if is_handler => handle(&self, request, max, ticket).await,
+            Ok(()) if self.worker.shape == Shape::Command => run(&self, request, client.address, max, ticket).await,
             Ok(()) => {
                 let has_no_body = request.method() == Method::HEAD;
                 let request = request.map(|body| Upload::new(body, max));
@@ -207,7 +211,7 @@ fn work(
 }
 
 /// Lets a guest work until it is done or its time is over.
-async fn timed<T>(
+pub(super) async fn timed<T>(
     server: &Server,
     deadline: Option<Instant>,
     work: impl Future<Output = Result<T, Outcome>>,
@@ -244,16 +248,10 @@ async fn handled(
     body_max: u64,
     ticket: &Ticket,
 ) -> Result<Answer, Problem> {
-    let bad = |kind, message: String| Problem::new(StatusCode::BAD_REQUEST, kind, message);
-    let body = Upload::new(request.into_body(), body_max).collect();
-    let body = match ticket.in_time(body).await {
-        Some(Ok(body)) => body.to_bytes(),
-        Some(Err(BodyError::TooLarge(max))) => return Err(Problem::too_large(max)),
-        Some(Err(BodyError::Cut)) => return Err(bad("cut", "the body has no end".into()).closing()),
-        None => return Err(Problem::new(StatusCode::REQUEST_TIMEOUT, "slow", "the body took too long").closing()),
-    };
+    let body = whole(request.into_body(), body_max, ticket).await?;
     let max = server.worker.setup.limits.message_max;
-    let message = Message::check(&body, max.as_usize()).map_err(|error| bad("invalid", error.to_string()))?;
+    let message = Message::check(&body, max.as_usize())
+        .map_err(|error| Problem::new(StatusCode::BAD_REQUEST, "invalid", error.to_string()))?;
     let _place = place(server, ticket).await?;
     let idle = server.worker.take_idle();
     let answer = timed(server, ticket.deadline(), server.worker.attempt(idle, message.as_str().into())).await;
@@ -277,8 +275,18 @@ async fn handled(
     answer.map_err(failed)
 }
 
+/// A body of at most so many bytes, when all of it has come.
+pub(super) async fn whole(body: Incoming, max: u64, ticket: &Ticket) -> Result<Bytes, Problem> {
+    match ticket.in_time(Upload::new(body, max).collect()).await {
+        Some(Ok(body)) => Ok(body.to_bytes()),
+        Some(Err(BodyError::TooLarge(max))) => Err(Problem::too_large(max)),
+        Some(Err(BodyError::Cut)) => Err(Problem::new(StatusCode::BAD_REQUEST, "cut", "the body has no end").closing()),
+        None => Err(Problem::new(StatusCode::REQUEST_TIMEOUT, "slow", "the body took too long").closing()),
+    }
+}
+
 /// Waits for a place among those that run.
-async fn place(server: &Server, ticket: &Ticket) -> Result<Place, Problem> {
+pub(super) async fn place(server: &Server, ticket: &Ticket) -> Result<Place, Problem> {
     match ticket.in_time(server.gate.enter()).await {
         Some(Ok(place)) => Ok(place),
         Some(Err(Full)) => {

@@ -14,20 +14,20 @@ use ipnet::IpNet;
 use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 
 use super::{
-    Cluster, Handle, Order, Work,
+    Balance, Cluster, Handle, InstanceLife, Interrupt, Order, Work,
     pool::{Client, Pool, PoolLimits},
     server::{Port, Server},
 };
 use crate::{
     Error,
     buffer::{self, Buffer, Named},
-    child::{Compiler, ListenConfig, MEMORY_MAX, ROUTER, WorkerConfig, cores, entry, jail_of, with_windows},
+    child::{Compiler, ListenConfig, MEMORY_MAX, ROUTER, RunConfig, WorkerConfig, cores, entry, jail_of, with_windows},
     event::Event,
     grant::Grants,
     limits::{Bytes, CompileLimits, HttpLimits, Limits},
     message::Message,
     process::{Isolation, Process, Program, Role, body_max, names, runtime},
-    sandbox::{Cache, EngineSpec, Form, Guest, Identity, LoadError, Pool as EnginePool, Roots, Shape},
+    sandbox::{Cache, EngineSpec, Form, Guest, Identity, Inspection, LoadError, Pool as EnginePool, Roots, Shape},
     supervisor::{EventSink, Launch, Policy, Restart, Supervisor, Watch},
 };
 
@@ -42,40 +42,6 @@ const BACKSTOP: Duration = Duration::from_secs(5);
 
 /// How many requests a worker handles at once by default: they wait more than they compute.
 const HTTP_CONCURRENCY: u32 = 64;
-
-/// What an instance lives for.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum InstanceLife {
-    /// The worker: what it keeps in memory is there for the next task.
-    #[default]
-    Worker,
-    /// One task.
-    Task,
-}
-
-/// How a task that is out of time is ended.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Interrupt {
-    /// With its worker. The guest is compiled without checks, so its loops run at full speed.
-    Kill,
-    /// By checks that are compiled into it: the worker lives on, tight loops are slower.
-    Epoch,
-    /// [`Interrupt::Epoch`] when a worker handles several tasks at once, else [`Interrupt::Kill`].
-    #[default]
-    Auto,
-}
-
-/// How connections get to the workers of a port.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Balance {
-    /// All accept from one socket, and who holds more than its share lets others go first. The connections that wait
-    /// belong to nobody, so none of them feels it when a worker dies.
-    #[default]
-    Shared,
-    /// Each slot has a socket of its own, and the kernel spreads connections over them by their addresses. Those that
-    /// wait at the socket of a dead worker wait for its successor.
-    Slots,
-}
 
 /// How to make a pool.
 #[derive(Debug, Clone)]
@@ -110,6 +76,8 @@ pub struct Builder {
     buffers: Named,
     /// Whether connections come from a router, and not from a port of its own.
     is_routed: bool,
+    /// How a command answers requests, when it is to be one.
+    command: Option<RunConfig>,
 }
 
 impl Builder {
@@ -146,6 +114,7 @@ impl Builder {
             process_memory_max: None,
             buffers: vec![],
             is_routed: false,
+            command: None,
         }
     }
 
@@ -454,6 +423,12 @@ impl Builder {
         &self.limits
     }
 
+    /// A pool of a command, one run of which answers each request that a router sends.
+    pub(in crate::mode) fn with_command(mut self, command: RunConfig) -> Self {
+        self.command = Some(command);
+        self
+    }
+
     /// How many worker processes, so far.
     pub(in crate::mode) fn current_workers(&self) -> u32 {
         self.workers
@@ -560,28 +535,12 @@ impl Builder {
         let entry = entry(&self.cache, spec, &guest)?;
         let (code, _) = self.compiler.load(entry.as_deref(), spec, &guest).await?;
         let inspection = code.inspection.clone();
-        let (found, form) = (inspection.shape, inspection.form);
-        let fits = match found {
-            Some(Shape::Handler) => form == Form::Component,
-            Some(Shape::Http) => form == Form::Component && port.is_some(),
-            _ => false,
-        };
-        if !fits {
-            let expected = if port.is_some() { Shape::Http } else { Shape::Handler };
-            return Err(LoadError::WrongShape { expected, found, form }.into());
-        }
-        let needs = Bytes(inspection.memory_min);
-        if needs > self.limits.memory {
-            return Err(LoadError::NeedsMemory { needs, limit: self.limits.memory }.into());
-        }
-        let is_handler = found == Some(Shape::Handler);
-        if is_handler && self.probe.is_some() {
-            return Err(Error::Usage("a handler has no path that could be probed".into()));
-        }
-        let concurrency = self.concurrency.unwrap_or(if is_handler { 1 } else { HTTP_CONCURRENCY });
+        self.check_guest(&inspection, port.is_some())?;
+        let found = inspection.shape;
+        let concurrency = self.concurrency.unwrap_or(if found == Some(Shape::Http) { HTTP_CONCURRENCY } else { 1 });
         let life = match self.life {
             Some(life) => life,
-            None if is_handler || self.reuse.is_some() => InstanceLife::Worker,
+            None if found == Some(Shape::Handler) || self.reuse.is_some() => InstanceLife::Worker,
             None => InstanceLife::Task,
         };
         let engine = self.engine(concurrency);
@@ -593,6 +552,7 @@ impl Builder {
             trusted: self.trusted.clone(),
             probe: self.probe.clone(),
             requests_max: self.requests_max,
+            command: self.command.clone(),
         });
         let size = code.size().map_err(Error::io("look at the compiled guest"))?;
         let mut jail = jail_of(
@@ -602,6 +562,12 @@ impl Builder {
             (&inspection, size),
             listen.as_ref(),
         );
+        if let Some(command) = &self.command {
+            // each may have to be copied once while it grows
+            let bytes = self.http.body.0.saturating_add(command.stdout_max.0).saturating_mul(2);
+            let all = bytes.saturating_mul(concurrency.into());
+            jail.bounds.data = Bytes(jail.bounds.data.0.saturating_add(all));
+        }
         let (names, buffers): (Vec<_>, Vec<_>) = self.buffers.iter().cloned().unzip();
         if !buffers.is_empty() {
             with_windows(&mut jail, buffers.len(), concurrency, self.limits.memory);
@@ -641,6 +607,35 @@ impl Builder {
                 }
             }
         }))
+    }
+
+    /// Sees that a guest can do what the pool is for.
+    fn check_guest(&self, inspection: &Inspection, is_port: bool) -> Result<(), Error> {
+        let (found, form) = (inspection.shape, inspection.form);
+        let fits = match found {
+            _ if self.command.is_some() => found == Some(Shape::Command) && !inspection.has_threads(),
+            Some(Shape::Handler) => form == Form::Component,
+            Some(Shape::Http) => form == Form::Component && is_port,
+            _ => false,
+        };
+        if !fits {
+            let expected = match is_port {
+                _ if self.command.is_some() => Shape::Command,
+                true => Shape::Http,
+                false => Shape::Handler,
+            };
+            return Err(LoadError::WrongShape { expected, found, form }.into());
+        }
+        let needs = Bytes(inspection.memory_min);
+        if needs > self.limits.memory {
+            return Err(LoadError::NeedsMemory { needs, limit: self.limits.memory }.into());
+        }
+        if found != Some(Shape::Http)
+            && let (Some(_), Some(shape)) = (&self.probe, found)
+        {
+            return Err(Error::Usage(format!("a {shape} has no path that could be probed")));
+        }
+        Ok(())
     }
 
     fn check(&self) -> Result<(), Error> {

@@ -4,6 +4,7 @@
 //! comes there ([`Builder::listen`], [`serve`]). Either way they are the same processes under the same supervision.
 
 mod builder;
+mod choice;
 mod dispatch;
 pub mod lines;
 mod pool;
@@ -19,9 +20,12 @@ use std::{
 
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-pub use self::builder::{Balance, Builder, InstanceLife, Interrupt};
 pub(in crate::mode) use self::pool::Stop;
 use self::pool::{Client, Request};
+pub use self::{
+    builder::Builder,
+    choice::{Balance, InstanceLife, Interrupt},
+};
 pub use crate::outcome::Answer;
 use crate::{Error, event::Event, message::Message};
 

@@ -333,7 +333,9 @@ impl<F: FnMut(Event)> Watched<F> {
             .into_iter()
             .map(|(file, reason)| Event::Ignored { file: file.clone(), reason: reason.clone() })
             .collect();
-        new.into_iter().for_each(|event| self.tell(event));
+        for event in new {
+            self.tell(event);
+        }
         self.ignored = ignored;
     }
 

@@ -5,13 +5,16 @@ use std::{collections::BTreeMap, path::Path, time::Duration};
 use serde::Deserialize;
 
 use crate::{
-    child::{At, ROUTE_MAX},
+    child::{At, ROUTE_MAX, RunConfig},
     grant::{DirGrant, Grants, HttpGrant, TcpGrant},
     limits::Bytes,
     message::Message,
     mode::cluster::{Builder, InstanceLife},
     settings::{Flaw, duration, parsed_all, parsed_some, read},
 };
+
+/// The most that a command may print for one request, unless its file says otherwise.
+const STDOUT_MAX: Bytes = Bytes::mib(16);
 
 /// What the file of an app says.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -27,6 +30,15 @@ pub(super) struct Settings {
     route: Option<String>,
     /// Or, to which host its requests are sent.
     host: Option<String>,
+    /// What answers requests.
+    mode: Mode,
+    /// The arguments of a command.
+    args: Vec<String>,
+    /// The most that a command may print for one of them.
+    #[serde(deserialize_with = "parsed_some")]
+    stdout_max: Option<Bytes>,
+    /// What a command prints.
+    content_type: Option<String>,
     /// What an instance lives for.
     instance: Option<Life>,
     reuse: Option<u64>,
@@ -60,6 +72,17 @@ pub(super) struct Settings {
     open_files: Option<u32>,
 }
 
+/// What answers requests.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Mode {
+    /// What the guest exports for that.
+    #[default]
+    Serve,
+    /// A run of it as a command, for each.
+    Command,
+}
+
 /// What an instance lives for.
 #[derive(Debug, Clone, Copy, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -78,10 +101,26 @@ impl Settings {
         if let Some(workers) = settings.workers.filter(|workers| !(1..=1024).contains(workers)) {
             return Err(Flaw::of_all(format!("expected 1 to 1024 `workers`, found {workers}")));
         }
+        let is_command = settings.mode == Mode::Command;
+        let of_commands = settings.stdout_max.is_some() || settings.content_type.is_some() || !settings.args.is_empty();
+        if of_commands && !is_command {
+            return Err(Flaw::of_all("`args`, `stdout-max` and `content-type` are for `mode = \"command\"`"));
+        }
+        if is_command && (settings.instance.is_some() || settings.reuse.is_some()) {
+            return Err(Flaw::of_all("a command has one run for each request: expected no `instance` and no `reuse`"));
+        }
+        if settings.content_type.as_ref().is_some_and(|kind| !kind.bytes().all(|byte| (b' '..0x7f).contains(&byte))) {
+            return Err(Flaw::of_all("expected a `content-type` such as `application/json`"));
+        }
         if settings.route.is_some() && settings.host.is_some() {
             return Err(Flaw::of_all("expected a `route` or a `host`, found both"));
         }
         Ok(settings)
+    }
+
+    /// Whether a run of a command answers its requests.
+    pub(super) fn is_command(&self) -> bool {
+        self.mode == Mode::Command
     }
 
     /// Where the app of this name is.
@@ -137,6 +176,10 @@ impl Settings {
             http: self.http.clone(),
             tcp: self.tcp.clone(),
         });
+        if self.mode == Mode::Command {
+            let (stdout_max, content_type) = (self.stdout_max.unwrap_or(STDOUT_MAX), self.content_type.clone());
+            builder = builder.with_command(RunConfig { args: self.args.clone(), stdout_max, content_type });
+        }
         if let Some(workers) = self.workers {
             builder = builder.workers(workers);
         }

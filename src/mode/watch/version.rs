@@ -97,8 +97,15 @@ impl Version {
         if let Some(import) = inspection.imports.iter().find(|import| !offered(&inspection, import)) {
             return Some(format!("it imports `{import}`: {}", import_hint(import)));
         }
-        let fits = matches!(inspection.shape, Some(Shape::Handler | Shape::Http)) && inspection.form == Form::Component;
-        (!fits).then(|| "it answers no requests: expected an http guest or a handler, as a component".into())
+        match inspection.shape {
+            shape if self.settings.is_command() => (shape != Some(Shape::Command) || inspection.has_threads())
+                .then(|| "it is no command without threads, as its settings say".into()),
+            Some(Shape::Handler | Shape::Http) if inspection.form == Form::Component => None,
+            Some(Shape::Command) => {
+                Some("it is a command, of which only those are run whose settings say `mode = \"command\"`".into())
+            }
+            _ => Some("it answers no requests: expected an http guest or a handler, as a component".into()),
+        }
     }
 }
 

@@ -72,7 +72,7 @@ impl Wasi {
     pub(super) fn new(files: WasiP1Ctx, stdio: &Stdio, has_input: bool, memory: usize) -> Self {
         let output = |stream| match stdio {
             Stdio::Inherit => Output::Own(stream),
-            Stdio::Sink(sink) => Output::Sink(stream, sink.clone()),
+            Stdio::Sink(sink) | Stdio::Piped(_, sink) => Output::Sink(stream, sink.clone()),
         };
         Self {
             files: Mutex::new(files),
