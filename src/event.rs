@@ -189,9 +189,12 @@ pub struct AccessRecord {
     /// Why it was refused before it was a request.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,
-    /// The app that it went to, of those of a folder.
+    /// The app that it was for, of those of a folder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub app: Option<String>,
+    /// The version of the app that it went to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
 }
 
 /// Bytes that a guest printed. As JSON a string, or `{"base64":"…"}` when they are not UTF-8.

@@ -12,6 +12,7 @@
 //! | keep a pool of handler guests, and give it tasks | [`Cluster`] |
 //! | serve a port with a pool of http guests or handlers | [`Cluster`], [`listen`](cluster::Builder::listen) |
 //! | feed JSON lines to a pool | [`cluster::lines`] |
+//! | serve the guests in a folder, as they come and go | [`watch`] |
 //! | run threads of one guest on one memory, in this process | [`Threads`] |
 //! | the same in a process of their own | [`Command::workers`] |
 //! | hand the chunks of a [`Buffer`] to a guest on all cores | [`par_map`](threads::Builder::par_map), [`Command::par_map`] |
@@ -28,11 +29,12 @@
 //!   mode/                            one file or folder per mode; no mode knows another
 //!     command/{run; launch, child, fork, map, blocking, foreground}  compile  inspect  doctor
 //!     cluster/{builder; dispatch, pool, lines; server, serve}  threads/{builder, map}
+//!     watch/{folder, settle, settings, version, app, run}      (which is made of clusters, and alone knows another mode)
 //!        │                    │
 //!        │        supervisor/{slot, restart, worker}     slots of workers: start, watch, drain, replace
 //!        │                    │
-//!        │        process/{wire, page, port, names, child, jail, filter, pidfd, keeper}    one child process: its frames,
-//!        │                    │                                                           its walls, its end
+//!        │        process/{wire, page, port, channel, names, child, jail, filter, pidfd, keeper}    one child process: its frames,
+//!        │                    │                                                                    its walls, its end
 //!        │                    ┊  (a socket pair)
 //!        │        child/{worker, http/, command, group, map, mailbox, compiler, trial, pulse, output}    what such a process
 //!        │                    │                                                                  does
@@ -40,7 +42,7 @@
 //!   sandbox/{guest, inspect, precheck, instances, code, cache, engine,          the engine, and nothing else
 //!        │   host/, instance, window, map, stdio, threads/}                     knows it
 //!        │
-//!   message  outcome  event  grant  limits  signal  lines  error  buffer/    plain data, used by all
+//!   message  outcome  event  grant  limits  settings  signal  lines  error  buffer/    plain data, used by all
 //! ```
 //!
 //! A task's way through a pool: a [`cluster`] client hands a [`Message`](message::Message), checked where it entered,
@@ -52,6 +54,11 @@
 //! more than its share of the connections, looks at the bytes before it believes them (`child/http/framing`), and polls
 //! the guest in the connection's own task, so that a client that leaves takes its guest with it. The primary sees no
 //! request; it hears how guests ended, and sees to it that there are workers.
+//!
+//! A request's way in a folder: a child that runs no guest, the router (`child/http/router`), has the port. It finds the
+//! app, makes a pair of sockets, and sends one end through the channel (`process/channel`) at whose other end the workers of
+//! the version that is live wait, as they would at a listener. The primary looks at the folder, decides what is to be live
+//! (`mode/watch/app`), keeps a pool for each version, and tells the router; the router tells when an old one is idle.
 //!
 //! A guest's way: its bytes go to a compiler, a child with bounds of its own ([`limits::CompileLimits`]), and come back
 //! as code, which the primary keeps and never looks into. A worker maps the code, closes the jail behind itself
@@ -92,8 +99,10 @@
 //! - Every task that was read is answered once; one that is begun twice says so.
 //! - A request is lost only with the worker that had it. Who takes over a slot accepts before its predecessor stops.
 //! - Workers do not outlive their primary, whatever ends it.
-//! - What decides is pure (`dispatch`, `slot`, `restart`, `wire`, `framing`, `grant`): the clock is handed in, and what to do
-//!   comes out.
+//! - The router begins no request on a version after the one that took over is told of, and no version ends with a request
+//!   that it has, unless its time is over.
+//! - What decides is pure (`dispatch`, `slot`, `restart`, `settle`, `app`, `wire`, `framing`, `grant`): the clock is handed
+//!   in, and what to do comes out.
 //! - Modes tell what happens as [`event`]s and do not print; `report` in the command is the only code that does.
 //! - `unsafe` is in `sandbox/code.rs` (mapping machine code), `sandbox/window.rs` and `buffer/memory.rs` (mapping buffers),
 //!   `process/page.rs` (shared counters), `process/child.rs` (the inherited socket and descriptors), `process/pidfd.rs`

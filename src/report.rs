@@ -284,7 +284,10 @@ impl Tell for watch::Event {
             E::Removed { app } => format!("{app}: is no longer served"),
             E::Ignored { file, reason } => format!("`{}` is ignored: {}", Clean(file), Clean(reason)),
             E::Error { message } => Clean(message).to_string(),
-            E::Access { record } => return access_line(record.app.as_deref().unwrap_or("-"), record),
+            E::Access { record } => {
+                let version = record.version.as_ref().map_or_else(String::new, |version| format!("@{version}"));
+                return access_line(&format!("{}{version}", record.app.as_deref().unwrap_or("-")), record);
+            }
             E::Worker { app, version, event } => return event_line(event, Some((app, version))),
             E::Router { event, .. } => return event_line(event, Some(("router", ""))),
             other => format!("{other:?}"),
@@ -365,7 +368,7 @@ fn event_line(event: &Event, of: Option<(&str, &str)>) -> String {
 
 /// A request as one line, in the order of the common log format, with the time in UTC as RFC 3339:
 /// `CLIENT - - [TIME] "METHOD TARGET PROTOCOL" STATUS BYTES "REFERER" "USER AGENT" MICROSECONDSus ID WORKER TRACEPARENT`
-/// with the app in place of the worker when there are several, and `"WHY"` when it was refused before it was a request.
+/// with `APP@VERSION` in place of the worker in a folder, and `"WHY"` when it was refused before it was a request.
 fn access_line(worker: &str, record: &AccessRecord) -> String {
     let or_none = |text: &Option<String>| text.as_deref().map_or_else(|| "-".into(), quoted);
     let time = humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_millis(record.time_ms));

@@ -72,7 +72,7 @@ pub(crate) enum Kind {
     Route = 22,
     /// To the router: the app of this name is no more. The id is the number of this change.
     Unroute = 23,
-    /// To the router: what there is to list.
+    /// To the router: what there is to list. The id is the number of this change.
     Index = 24,
     /// To the primary: nothing of the version with this number is in flight any more.
     Idle = 25,

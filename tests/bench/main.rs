@@ -1,5 +1,5 @@
 //! How fast wrun is, each figure beside what it is measured against, in the same run: `cargo bench`, or one part of it
-//! with `cargo bench -- start`, `-- children`, `-- messages`, `-- pool`, `-- http`, `-- threads` or `-- windows`.
+//! with `cargo bench -- start`, `-- children`, `-- messages`, `-- pool`, `-- http`, `-- watch`, `-- threads` or `-- windows`.
 //!
 //! Peers that are installed take part: `node`, and `wasmtime` (or what `$WASMTIME` names). Without them, what the
 //! machine itself allows remains: a process that does nothing, two processes on a bare socket pair, the bare engine.
@@ -24,12 +24,13 @@ fn main() {
         return http::hyper(threads);
     }
     let wanted: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
-    let parts: [(&str, fn()); 7] = [
+    let parts: [(&str, fn()); 8] = [
         ("start", start::run),
         ("children", children::run),
         ("messages", messages::run),
         ("pool", pool::run),
         ("http", http::run),
+        ("watch", http::watch::run),
         ("threads", threads::run),
         ("windows", windows::run),
     ];

@@ -310,7 +310,8 @@ fn no_request_fails_when_a_guest_is_replaced() {
 
 #[test]
 fn whatever_happens_to_a_file_each_answer_is_of_a_version_that_was_live() {
-    const CHANGES: u32 = 30;
+    // more for those who have the time
+    let changes = std::env::var("CHANGES").unwrap_or_else(|_| "30".into());
     let mut apps = Apps::with(|wrun| wrun.args(["--grace", "30s"]));
     apps.live("app", guest(HELLO_HTTP));
     // another process, as installers are: two guests alternately, in ways that change at random
@@ -334,7 +335,7 @@ fn whatever_happens_to_a_file_each_answer_is_of_a_version_that_was_live() {
     let installer = Command::new("sh")
         .args(["-c", script, "sh", HELLO_HTTP])
         .arg(&other)
-        .args(["7", &CHANGES.to_string()])
+        .args(["7", &changes])
         .current_dir(apps.path(""))
         .status();
     assert!(installer.unwrap().success());
@@ -475,6 +476,11 @@ fn settings_say_what_an_app_may_and_where_it_is() {
     apps.put("other.toml", "host = 'shop.example'\n");
     apps.put("other.wasm", guest(HELLO_HTTP));
     assert_eq!(apps.told("refused", "other")["reason"], "the app `shop` is at `shop.example` already");
+    // until it is free
+    apps.put("shop.toml", "route = '/a/shop'\n");
+    let mut live: Vec<_> = (0..2).map(|_| event(&mut apps.server, "live")["app"].clone()).collect();
+    live.sort_by_key(ToString::to_string);
+    assert_eq!(live, ["other", "shop"]);
     // one that has what no other has
     apps.put("other.toml", "route = '/'\n");
     apps.told("live", "other");
@@ -658,6 +664,7 @@ fn an_app_hears_whom_the_router_speaks_for() {
     let record = event(&mut apps.server, "access");
     assert_eq!((&record["client"], &record["app"], &record["id"]), (&json!("9.9.9.9"), &json!("up"), &json!("mine")));
     assert_eq!((&record["target"], &record["status"]), (&json!("/up/x"), &json!(200)));
+    assert_eq!(record["version"], apps.listed("up")["version"]);
 }
 
 #[test]
@@ -742,6 +749,26 @@ fn a_folder_without_events_is_looked_at() {
 }
 
 #[test]
+fn a_kernel_without_events_is_none_that_wrun_needs() {
+    let calls = [libc::SYS_inotify_init1, libc::SYS_inotify_init];
+    let mut apps = Apps::with(|wrun| wrun.on_a_kernel_without(&calls));
+    apps.live("app", guest(HELLO_HTTP));
+    apps.live("app", variant(HELLO_HTTP, 1));
+}
+
+#[test]
+fn a_hangup_lets_everything_be_tried_again() {
+    let mut apps = Apps::new();
+    apps.put("app.toml", "dir = ['../later::/data']\n");
+    apps.put("app.wasm", guest(HELLO_HTTP));
+    apps.told("refused", "app");
+    fs::create_dir(apps.folder.path("later")).unwrap();
+    apps.server.signal(Signal::HUP);
+    apps.told("live", "app");
+    assert_eq!(apps.get("/app").status, 200);
+}
+
+#[test]
 fn many_files_may_come_at_once() {
     const MANY: usize = 1000;
     let mut apps = Apps::with(|wrun| wrun.arg("--lazy"));
@@ -760,27 +787,37 @@ fn many_files_may_come_at_once() {
 
 #[test]
 fn replacing_costs_nothing_that_stays() {
+    // more for those who have the time
+    let times = std::env::var("REPLACEMENTS").map_or(40, |times| times.parse().unwrap());
     let mut apps = Apps::new();
     let router = children(apps.server.pid())[0];
-    let replace = |apps: &mut Apps, times: u8| {
+    // with a mebibyte that would be missed
+    let padded = |number: u8| [variant(HELLO_HTTP, number), vec![0, 0x80, 0x80, 0x40], vec![0; 1 << 20]].concat();
+    let replace = |apps: &mut Apps, times: u32| {
         for number in 0..times {
-            apps.live("app", variant(HELLO_HTTP, number % 2));
+            apps.live("app", padded((number % 2) as u8));
             assert_eq!(apps.get("/app").status, 200);
         }
         // those that were taken over from are gone
         eventually("the last is live alone", || children(apps.server.pid()).len() == 2);
     };
     let count = |pid: Pid, what: &str| fs::read_dir(format!("/proc/{}/{what}", pid.as_raw_pid())).unwrap().count();
-    let spent = |apps: &Apps| (count(apps.server.pid(), "fd"), count(apps.server.pid(), "task"), count(router, "fd"));
+    let memory_kib = |pid: Pid| -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", pid.as_raw_pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    };
+    let pid = apps.server.pid();
+    let spent = || format!("{:?}", (count(pid, "fd"), count(pid, "task"), count(router, "fd")));
     // both are compiled then
     replace(&mut apps, 4);
-    let before = spent(&apps);
-    replace(&mut apps, 40);
-    let mut after = spent(&apps);
-    eventually(&format!("nothing is left of the others, {before:?}"), || {
-        after = spent(&apps);
-        after == before
-    });
+    apps.server.running.until_stable("descriptors and threads", spent);
+    let (before, memory) = (spent(), [pid, router].map(memory_kib));
+    replace(&mut apps, times);
+    apps.server.running.until_stable("descriptors and threads", spent);
+    assert_eq!(spent(), before);
+    let grown = [pid, router].map(memory_kib);
+    assert!(grown[0] < memory[0] + (16 << 10) && grown[1] < memory[1] + (4 << 10), "{memory:?} KiB, then {grown:?}");
 }
 
 #[test]

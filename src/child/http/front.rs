@@ -304,6 +304,7 @@ fn nothing_known(client: IpAddr) -> AccessRecord {
         user_agent: None,
         refused: None,
         app: None,
+        version: None,
     }
 }
 

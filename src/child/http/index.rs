@@ -1,6 +1,9 @@
 //! What is live in a folder, as a page for people or JSON for tools.
 
-use std::fmt::Write as _;
+use std::{
+    fmt::Write as _,
+    time::{Duration, UNIX_EPOCH},
+};
 
 use hyper::{
     Method, Request, Response, StatusCode,
@@ -73,19 +76,22 @@ fn page(listing: &Listing) -> String {
          <meta name=viewport content=\"width=device-width\"><style>body{font:16px system-ui;margin:2rem}\
          table{border-collapse:collapse}th,td{text-align:left;padding:.3rem 1rem .3rem 0;vertical-align:top}\
          td.error{color:#b00;white-space:pre-wrap}</style>\
-         <h1>Apps</h1><table><tr><th>App<th>State<th>Version<th>Workers<th>Error</tr>",
+         <h1>Apps</h1><table><tr><th>App<th>State<th>Version<th>Since<th>Workers<th>Error</tr>",
     );
-    for Entry { name, at, state, version, workers, error, .. } in &listing.apps {
+    for Entry { name, at, state, version, workers, since_ms, error } in &listing.apps {
         let name = if at.starts_with('/') {
             format!("<a href=\"{}\">{}</a>", escaped(at), escaped(name))
         } else {
             format!("{} ({})", escaped(name), escaped(at))
         };
         let version = escaped(version.as_deref().unwrap_or_default());
+        let since = since_ms.map_or_else(String::new, |since| {
+            humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_millis(since)).to_string()
+        });
         let error = escaped(error.as_deref().unwrap_or_default());
         let _ = write!(
             page,
-            "<tr><td>{name}<td>{}<td><code>{version}</code><td>{workers}<td class=error>{error}</tr>",
+            "<tr><td>{name}<td>{}<td><code>{version}</code><td>{since}<td>{workers}<td class=error>{error}</tr>",
             escaped(state)
         );
     }
@@ -129,11 +135,12 @@ mod tests {
             state: "live".into(),
             version: None,
             workers: 1,
-            since_ms: None,
+            since_ms: Some(0),
             error: Some("a < b & 'c'".into()),
         };
         let page = page(&Listing { apps: vec![entry] });
         assert!(!page.contains("<script>") && !page.contains("/\"onclick"), "{page}");
+        assert!(page.contains("1970-01-01T00:00:00Z"), "{page}");
         assert!(page.contains("a &lt; b &amp; &#39;c&#39;"), "{page}");
     }
 }

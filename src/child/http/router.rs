@@ -184,7 +184,8 @@ impl Router {
                             0 => None,
                             serial => {
                                 let fd = fds.pop_front().ok_or(io::ErrorKind::UnexpectedEof)?;
-                                Some(Target::new(serial, fd, self.front.clone())?)
+                                let version = route.version.clone().unwrap_or_default();
+                                Some(Target::new(serial, version, fd, self.front.clone())?)
                             }
                         };
                         self.table.set(route, target);
@@ -196,6 +197,7 @@ impl Router {
                     }
                     Kind::Index => {
                         self.table.set_index(serde_json::from_slice(frame.body)?);
+                        self.front.say(Kind::Routed, frame.id, b"");
                         // what comes first is the table: whoever came before it would find nothing
                         if let Some(listener) = listener.take() {
                             accepting = Some(tokio::task::spawn_local(accept::run(self.clone(), listener)));
@@ -250,6 +252,7 @@ impl Serve for Router {
                     let wait_until = Instant::now() + route.timeout.unwrap_or(START_WITHIN).min(START_WITHIN);
                     match self.table.live(&app, wait_until).await {
                         Ok(target) => {
+                            ticket.goes_to(&target.target().version);
                             let from = forward::From { peer, scheme: client.scheme, prefix };
                             forward::forward(&self.front, target, request, from, ticket).await
                         }

@@ -29,6 +29,8 @@ pub(crate) struct Route {
     pub(crate) number: u64,
     /// Its name.
     pub(crate) app: String,
+    /// Its version, when one is live.
+    pub(crate) version: Option<String>,
     /// Which requests are for it.
     pub(crate) at: At,
     /// How long one of them may take.
@@ -84,6 +86,7 @@ impl App {
 /// The workers of one version.
 pub(super) struct Target {
     serial: u64,
+    pub(super) version: String,
     /// The kind of socket matters to nobody who only waits until it can be written to.
     channel: UnixStream,
     in_flight: Cell<u32>,
@@ -96,9 +99,9 @@ impl Target {
     ///
     /// # Errors
     /// When there is no room to wait for it.
-    pub(super) fn new(serial: u64, channel: OwnedFd, front: Rc<Front>) -> io::Result<Rc<Self>> {
+    pub(super) fn new(serial: u64, version: String, channel: OwnedFd, front: Rc<Front>) -> io::Result<Rc<Self>> {
         let channel = UnixStream::from_std(StdStream::from(channel))?;
-        Ok(Rc::new(Self { serial, channel, in_flight: Cell::new(0), retired: Cell::new(false), front }))
+        Ok(Rc::new(Self { serial, version, channel, in_flight: Cell::new(0), retired: Cell::new(false), front }))
     }
 
     /// A connection that its workers will take.

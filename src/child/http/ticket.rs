@@ -135,6 +135,13 @@ impl Ticket {
         }
     }
 
+    /// Notes which version it goes to.
+    pub(super) fn goes_to(&mut self, version: &str) {
+        if let Some(record) = &mut self.record {
+            record.version = Some(version.into());
+        }
+    }
+
     /// When its time is over.
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.timeout.map(|timeout| self.started + timeout)

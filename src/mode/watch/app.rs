@@ -112,6 +112,11 @@ impl App {
         self.live.is_none() && self.next.is_none() && self.asleep.is_none() && self.retiring.is_empty()
     }
 
+    /// Lets it be taken as if nothing had happened.
+    pub(super) fn forgive(&mut self) {
+        self.marked.clear();
+    }
+
     /// Its files came to rest, and are this version.
     pub(super) fn offer(&mut self, version: Arc<Version>, serial: u64, lazy: bool, now: Instant) -> Vec<Act> {
         let mut acts = vec![];

@@ -116,9 +116,13 @@ struct Watched<F> {
     /// How often the router was told where requests go, and how many of these changes hold.
     changes: u64,
     changed: u64,
-    /// What is told when the changes before it hold, with how many those are.
-    untold: VecDeque<(u64, Event)>,
+    /// What is told when the changes before it hold, with how many those are; none before the list is made of them.
+    untold: VecDeque<(Option<u64>, Event)>,
     listing: Listing,
+    /// Whether something has changed since that was made.
+    is_stale: bool,
+    /// Apps that were not taken since another one is where they would be.
+    displaced: BTreeMap<String, At>,
     compiling: Arc<Semaphore>,
     news: mpsc::UnboundedSender<News>,
     /// What was told of files that are not used.
@@ -154,6 +158,8 @@ async fn watch<F: FnMut(Event)>(builder: Builder, tell: F) -> Result<End, Error>
         changed: 0,
         untold: VecDeque::new(),
         listing: Listing::default(),
+        is_stale: false,
+        displaced: BTreeMap::new(),
         compiling: Arc::new(Semaphore::new(cores() as usize)),
         news,
         ignored: BTreeMap::new(),
@@ -183,7 +189,10 @@ async fn watch<F: FnMut(Event)>(builder: Builder, tell: F) -> Result<End, Error>
                 listener.lock().unwrap_or_else(PoisonError::into_inner).take();
                 watched.router.drain();
             }
-            _ = hangup.recv() => look_at = Some(Instant::now()),
+            _ = hangup.recv() => {
+                look_at = Some(Instant::now());
+                watched.reconsider_all();
+            }
             Some(news) = came.recv() => {
                 watched.hear(news);
                 // all that has come, before anything is looked at again
@@ -256,17 +265,19 @@ fn router(builder: &Builder, listener: Arc<Mutex<Option<OwnedFd>>>, news: mpsc::
 impl<F: FnMut(Event)> Watched<F> {
     /// Tells the world, when what was to be changed before holds: whoever hears that a version is live finds it so.
     fn tell(&mut self, event: Event) {
-        if self.changed < self.changes {
-            self.untold.push_back((self.changes, event));
-        } else {
-            (self.tell)(event);
-        }
+        self.untold.push_back(((!self.is_stale).then_some(self.changes), event));
+        self.tell_what_holds();
     }
 
     /// So many changes hold.
     fn note_changed(&mut self, changed: u64) {
         self.changed = self.changed.max(changed.min(self.changes));
-        while let Some((_, event)) = self.untold.pop_front_if(|(after, _)| *after <= self.changed) {
+        self.tell_what_holds();
+    }
+
+    fn tell_what_holds(&mut self) {
+        let holds = |(after, _): &mut (Option<u64>, Event)| after.is_some_and(|after| after <= self.changed);
+        while let Some((_, event)) = self.untold.pop_front_if(holds) {
             (self.tell)(event);
         }
     }
@@ -346,17 +357,34 @@ impl<F: FnMut(Event)> Watched<F> {
         let mut apps: Vec<&str> = settled.iter().filter_map(|file| app_of(file).ok()).collect();
         apps.sort_unstable();
         apps.dedup();
-        for name in apps {
+        for name in &apps {
             // all of its files, or none
             let is_pending = |ending: &str| self.settle.is_pending(&format!("{name}.{ending}"));
             if !["wasm", "wat", "toml"].into_iter().any(is_pending) {
                 self.reconsider(name, now);
             }
         }
+        // perhaps there is room for them now
+        let is_free = |(name, at): &(&String, &At)| self.taken(name, at).is_none();
+        let free: Vec<_> = self.displaced.iter().filter(is_free).map(|(name, _)| name.clone()).collect();
+        for name in free {
+            self.displaced.remove(&name);
+            self.reconsider(&name, now);
+        }
+    }
+
+    /// Takes all apps as their files are, whatever was made of them before.
+    fn reconsider_all(&mut self) {
+        self.apps.values_mut().for_each(App::forgive);
+        let names: Vec<String> = names(&self.there).map(str::to_owned).collect();
+        for name in names {
+            self.reconsider(&name, Instant::now());
+        }
     }
 
     /// Takes an app as its files are now.
     fn reconsider(&mut self, name: &str, now: Instant) {
+        self.displaced.remove(name);
         let is_there = names(&self.there).any(|other| other == name);
         let grace = self.builder.grace;
         if !is_there {
@@ -373,6 +401,7 @@ impl<F: FnMut(Event)> Watched<F> {
             Ok(version) if version.settings.disabled => app.remove(true, now),
             Ok(version) => {
                 if let Some(other) = taken {
+                    self.displaced.insert(name.into(), version.at.clone());
                     let reason = format!("the app `{other}` is at `{}` already", version.place());
                     app.reject(Some(version.id), reason)
                 } else {
@@ -392,6 +421,7 @@ impl<F: FnMut(Event)> Watched<F> {
     }
 
     fn act(&mut self, name: &str, acts: Vec<Act>) {
+        self.is_stale = true;
         for act in acts {
             match act {
                 Act::Start(serial, version) => {
@@ -456,7 +486,8 @@ impl<F: FnMut(Event)> Watched<F> {
         // one that never was anywhere is nowhere
         let Some((at, timeout)) = self.apps.get(name).and_then(|app| app.place.clone()) else { return };
         self.changes += 1;
-        let route = Route { number: self.changes, app: name.into(), at, timeout, standing };
+        let version = serial.and_then(|serial| self.runs.get(&serial)).map(|run| run.version.clone());
+        let route = Route { number: self.changes, app: name.into(), version, at, timeout, standing };
         let route = to_vec(&route).expect("plain data has a JSON form");
         let Some((serial, run)) = serial.and_then(|serial| Some((serial, self.runs.get_mut(&serial)?))) else {
             return self.router.send(ROUTER, Kind::Route, 0, &route);
@@ -491,6 +522,9 @@ impl<F: FnMut(Event)> Watched<F> {
 
     /// Tells the router what there is to list, when that has changed.
     fn list(&mut self) {
+        if !std::mem::take(&mut self.is_stale) {
+            return;
+        }
         let entry = |(name, app): (&String, &App)| {
             let version = app.version();
             let run = app.live.as_ref().and_then(|run| self.runs.get(&run.serial));
@@ -510,11 +544,16 @@ impl<F: FnMut(Event)> Watched<F> {
             self.listing = listing;
             self.send_listing();
         }
+        for (after, _) in &mut self.untold {
+            after.get_or_insert(self.changes);
+        }
+        self.tell_what_holds();
     }
 
     fn send_listing(&mut self) {
         let listing = to_vec(&self.listing).expect("plain data has a JSON form");
-        self.router.send(ROUTER, Kind::Index, 0, &listing);
+        self.changes += 1;
+        self.router.send(ROUTER, Kind::Index, self.changes, &listing);
     }
 
     fn hear(&mut self, news: News) {

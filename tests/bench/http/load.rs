@@ -25,6 +25,8 @@ pub(super) struct Load {
     pub(super) connections: usize,
     pub(super) time: Duration,
     pub(super) request: Rc<[u8]>,
+    /// What each client sends instead, in turn; none = they all send the same.
+    pub(super) each: Rc<[Rc<[u8]>]>,
     /// Whether each request is watched for being hung, which costs a timer.
     pub(super) is_patient: bool,
 }
@@ -56,6 +58,7 @@ impl Load {
             connections: 64,
             time: Duration::from_secs(2),
             request: b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n".as_slice().into(),
+            each: [].into(),
             is_patient: false,
         }
     }
@@ -64,6 +67,12 @@ impl Load {
         let length = body.len();
         let request = format!("POST / HTTP/1.1\r\nHost: bench\r\nContent-Length: {length}\r\n\r\n{body}");
         Self { request: request.into_bytes().into(), ..Self::get(address) }
+    }
+
+    /// As many clients for each of so many apps.
+    pub(super) fn spread_over(self, apps: usize) -> Self {
+        let request = |app| format!("GET /app{app} HTTP/1.1\r\nHost: bench\r\n\r\n").into_bytes().into();
+        Self { each: (0..apps).map(request).collect(), ..self }
     }
 
     /// Sends it, and does something else meanwhile.
@@ -80,8 +89,10 @@ impl Load {
         let start = Instant::now();
         tokio::task::LocalSet::new().block_on(&runtime, async {
             let mut clients = tokio::task::JoinSet::new();
-            for _ in 0..self.connections {
-                clients.spawn_local(client(self.clone(), start + self.time, record.clone()));
+            for at in 0..self.connections {
+                let request = self.each.get(at % self.each.len().max(1)).unwrap_or(&self.request).clone();
+                let load = Self { request, ..self.clone() };
+                clients.spawn_local(client(load, start + self.time, record.clone()));
             }
             if self.is_patient {
                 clients.spawn_local(strangers(self.clone(), start + self.time, record.clone()));

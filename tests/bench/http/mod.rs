@@ -3,6 +3,7 @@
 
 mod load;
 mod peers;
+pub(crate) mod watch;
 
 use std::{
     io::BufRead,

@@ -5,6 +5,7 @@ use std::{
     fs,
     io::{BufRead, BufReader},
     net::{SocketAddr, TcpListener, TcpStream},
+    path::Path,
     process::{Child, ChildStderr, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -53,6 +54,14 @@ impl Server {
         let mut server = Self::that_says_where(command).unwrap();
         let stderr = BufReader::new(server.child.stderr.take().unwrap());
         (server, stderr)
+    }
+
+    /// A folder whose guests are live.
+    pub(super) fn watch(folder: &Path, args: &[&str]) -> Self {
+        let mut command = Command::new(WRUN);
+        command.arg("watch").arg(folder).args(["--listen", "0", "--cache-dir", cache_dir().to_str().unwrap()]);
+        command.args(args).stderr(Stdio::null());
+        Self::that_says_where(command).unwrap()
     }
 
     /// This program, as a bare hyper.
