@@ -448,6 +448,29 @@ fn a_new_version_whose_workers_crash_is_taken_back() {
 }
 
 #[test]
+fn workers_that_are_replaced_or_die_between_requests_lose_none() {
+    let mut apps = Apps::new();
+    apps.put("app.toml", "max-requests = 50\nworkers = 2\n");
+    apps.live("app", guest(HELLO_HTTP));
+    let load = Load::start_at(&apps.server, 8, "/app");
+    load.until("generation 6 of each slot", |tally| {
+        (1..=2).all(|worker| tally.of(|who| who.worker == worker && who.generation >= 6) > 0)
+    });
+    load.stop().is_unharmed();
+    // one that is killed when nobody asks it for anything
+    apps.put("app.toml", "workers = 1\n");
+    apps.told("live", "app");
+    let mut client = apps.server.connect();
+    for generation in 1..=3 {
+        client.send_get("/app");
+        let who = Who::says(&client.response());
+        assert_eq!(who.generation, generation);
+        kill_process(Pid::from_raw(who.pid).unwrap(), Signal::KILL).unwrap();
+        assert!(gone(Pid::from_raw(who.pid).unwrap()));
+    }
+}
+
+#[test]
 fn settings_say_what_an_app_may_and_where_it_is() {
     let mut apps = Apps::new();
     apps.put("shop.toml", "route = '/a/shop'\nworkers = 2\nmemory = '32MiB'\n");

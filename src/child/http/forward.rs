@@ -1,7 +1,11 @@
-//! From the router to a worker and back: one connection for each request.
+//! From the router to a worker and back.
 //!
-//! A worker that is to end takes no more connections and finishes those that it has, so that no request meets one that
-//! closes. A pair of sockets is made in some microseconds, and lies ready for whichever worker comes first.
+//! A connection to a worker is used again, but not when it has lain idle for some time ([`Route::keep`]): a worker that is to
+//! end lets those that it has bring requests for longer than that before it closes them, so that none meets one that closes.
+//! One that dies without a word takes idle ones with it, too; a request that does no harm when it is done twice is then asked
+//! again.
+//!
+//! [`Route::keep`]: super::table::Route::keep
 
 use std::{
     io,
@@ -9,12 +13,13 @@ use std::{
     pin::Pin,
     rc::Rc,
     task::{Context, Poll, ready},
+    time::{Duration, Instant},
 };
 
 use hyper::{
     HeaderMap, Method, Request, Response, StatusCode, Uri, Version,
-    body::Incoming,
-    client::conn::http1,
+    body::{Body, Incoming},
+    client::conn::http1::{self, SendRequest},
     header::{
         CONNECTION, EXPECT, HOST, HeaderName, HeaderValue, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER,
         TRANSFER_ENCODING, UPGRADE,
@@ -29,7 +34,7 @@ use super::{
     front::Front,
     reply::{Reply, Upload},
     stream::Stream,
-    table::InFlight,
+    table::{InFlight, Target},
     ticket::{Problem, Ticket},
 };
 use crate::sandbox::Scheme;
@@ -60,58 +65,129 @@ pub(super) async fn forward(
     from: From,
     ticket: Ticket,
 ) -> Response<Reply> {
-    let gone = |what: &str| Problem::new(StatusCode::BAD_GATEWAY, "worker", what);
-    let slow = || Problem::new(StatusCode::GATEWAY_TIMEOUT, "limit", "no worker answered in time");
     let max = front.limits.body.0;
     let (mut parts, body) = request.into_parts();
     let is_head = parts.method == Method::HEAD;
-    match rest_of(&parts.uri, from.prefix) {
-        Some(rest) => {
-            prepare(&mut parts.headers, &parts.uri, from);
-            parts.uri = rest;
-        }
-        None => return ticket.refuse(Problem::new(StatusCode::BAD_REQUEST, "target", "the target is no path")),
-    }
+    let Some(rest) = rest_of(&parts.uri, from.prefix) else {
+        return ticket.refuse(Problem::new(StatusCode::BAD_REQUEST, "target", "the target is no path"));
+    };
+    prepare(&mut parts.headers, &parts.uri, from);
+    parts.uri = rest;
     // of one that is older, too: the worker is no older
     parts.version = Version::HTTP_11;
     let body = Upload::new(body, max);
     let too_large = body.too_large();
-    let stream = match ticket.in_time(target.target().connect()).await {
-        Some(Ok(stream)) => stream,
-        Some(Err(error)) => return ticket.refuse(gone(&format!("no worker can be reached: {error}"))),
-        None => return ticket.refuse(slow()),
-    };
-    let (mut sender, connection) = match http1::handshake(Pipe { stream, front: front.clone() }).await {
-        Ok(made) => made,
-        Err(error) => return ticket.refuse(gone(&error.to_string())),
-    };
-    let passage = Passage { connection: tokio::task::spawn_local(async { drop(connection.await) }), _target: target };
-    match ticket.in_time(sender.send_request(Request::from_parts(parts, body))).await {
-        Some(Ok(response)) => {
-            let (mut parts, body) = response.into_parts();
-            remove_of_connections(&mut parts.headers);
-            parts.version = Version::HTTP_11;
-            ticket.status.set(parts.status.as_u16());
-            Response::from_parts(parts, Reply::passed_on(body, is_head, passage, ticket))
-        }
-        Some(Err(_)) if too_large.is() => ticket.refuse(Problem::too_large(max)),
-        Some(Err(error)) if error.is_user() => {
-            ticket.refuse(Problem::new(StatusCode::BAD_REQUEST, "cut", "the body has no end").closing())
-        }
-        Some(Err(_)) => ticket.refuse(gone("the worker that had this request is gone")),
-        None => ticket.refuse(slow()),
+    let mut again = target.target().reuse().map(|kept| {
+        // what has a body is read once, and what changes something must not be done twice
+        let may_repeat = body.is_end_stream() && parts.method.is_idempotent();
+        (kept, may_repeat.then(|| parts.clone()))
+    });
+    let mut request = Request::from_parts(parts, body);
+    loop {
+        let (mut lane, spare) = match again.take() {
+            Some((kept, spare)) => (kept, spare),
+            None => match ticket.in_time(connect(front, target.target())).await {
+                Some(Ok(lane)) => (lane, None),
+                Some(Err(error)) => return ticket.refuse(gone(&format!("no worker can be reached: {error}"))),
+                None => return ticket.refuse(slow()),
+            },
+        };
+        let Some(sent) = ticket.in_time(lane.sender.try_send_request(request)).await else {
+            return ticket.refuse(slow());
+        };
+        let mut error = match sent {
+            Ok(response) => {
+                let (mut parts, body) = response.into_parts();
+                remove_of_connections(&mut parts.headers);
+                parts.version = Version::HTTP_11;
+                ticket.status.set(parts.status.as_u16());
+                let passage = Passage { lane: Some(lane), is_over: body.is_end_stream(), target };
+                return Response::from_parts(parts, Reply::passed_on(body, is_head, passage, ticket));
+            }
+            Err(error) => error,
+        };
+        // it was not sent at all, or can be sent again
+        let unsent = error.take_message().filter(|_| lane.was_used);
+        request = match (unsent, spare) {
+            _ if target.target().is_retired() => return ticket.refuse(gone(GONE)),
+            (Some(unsent), _) => unsent,
+            (None, Some(parts)) => Request::from_parts(parts, Upload::empty()),
+            _ if too_large.is() => return ticket.refuse(Problem::too_large(max)),
+            _ if error.error().is_user() => {
+                return ticket.refuse(Problem::new(StatusCode::BAD_REQUEST, "cut", "the body has no end").closing());
+            }
+            _ => return ticket.refuse(gone(GONE)),
+        };
     }
 }
 
-/// What goes on while a response is passed on. When it is dropped, the worker sees that nobody wants more of it.
-pub(super) struct Passage {
+/// What is said when the worker of a request is no more.
+const GONE: &str = "the worker that had this request is gone";
+
+fn gone(what: &str) -> Problem {
+    Problem::new(StatusCode::BAD_GATEWAY, "worker", what)
+}
+
+fn slow() -> Problem {
+    Problem::new(StatusCode::GATEWAY_TIMEOUT, "limit", "no worker answered in time")
+}
+
+/// A connection to a worker.
+pub(super) struct Lane {
+    sender: SendRequest<Upload>,
     connection: JoinHandle<()>,
-    _target: InFlight,
+    was_used: bool,
+    /// Since when nothing is on it.
+    since: Instant,
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        self.connection.abort();
+    }
+}
+
+impl Lane {
+    /// Whether another request can go over it.
+    pub(super) fn is_ready(&self) -> bool {
+        self.sender.is_ready()
+    }
+
+    /// How long nothing has been on it.
+    pub(super) fn idle_for(&self) -> Duration {
+        self.since.elapsed()
+    }
+}
+
+async fn connect(front: &Rc<Front>, target: &Target) -> io::Result<Lane> {
+    let stream = target.connect().await?;
+    let (sender, connection) =
+        http1::handshake(Pipe { stream, front: front.clone() }).await.map_err(io::Error::other)?;
+    let connection = tokio::task::spawn_local(async { drop(connection.await) });
+    Ok(Lane { sender, connection, was_used: false, since: Instant::now() })
+}
+
+/// What goes on while a response is passed on. When it is dropped before that is over, the worker sees that nobody wants
+/// more of it.
+pub(super) struct Passage {
+    lane: Option<Lane>,
+    is_over: bool,
+    target: InFlight,
+}
+
+impl Passage {
+    /// Notes that all of the response has come.
+    pub(super) fn note_end(&mut self) {
+        self.is_over = true;
+    }
 }
 
 impl Drop for Passage {
     fn drop(&mut self) {
-        self.connection.abort();
+        if let Some(mut lane) = self.lane.take().filter(|_| self.is_over) {
+            (lane.was_used, lane.since) = (true, Instant::now());
+            self.target.target().keep(lane);
+        }
     }
 }
 

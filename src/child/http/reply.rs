@@ -94,7 +94,7 @@ enum Content {
     /// What a guest writes.
     Guest(Box<Streamed>),
     /// What comes from another process, until all of it has come.
-    PassedOn { body: Incoming, is_empty: bool, _passage: Passage },
+    PassedOn { body: Incoming, is_empty: bool, passage: Passage },
 }
 
 /// The body of a response that a guest may still be writing.
@@ -129,7 +129,7 @@ impl Reply {
 impl Reply {
     /// A response that another process gives; when it `is_empty`, there is none to come, whatever its head says.
     pub(super) fn passed_on(body: Incoming, is_empty: bool, passage: Passage, ticket: Ticket) -> Self {
-        Self { content: Content::PassedOn { body, is_empty, _passage: passage }, ticket }
+        Self { content: Content::PassedOn { body, is_empty, passage }, ticket }
     }
 }
 
@@ -145,8 +145,11 @@ impl Body for Reply {
                 Ok(Frame::data(bytes))
             })),
             Content::Guest(streamed) => streamed.poll_frame(cx, ticket),
-            Content::PassedOn { body, .. } => {
-                let frame = ready!(Pin::new(body).poll_frame(cx));
+            Content::PassedOn { body, passage, .. } => {
+                let frame = ready!(Pin::new(&mut *body).poll_frame(cx));
+                if frame.is_none() || body.is_end_stream() {
+                    passage.note_end();
+                }
                 let length = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref().map(Bytes::len));
                 ticket.count(length.unwrap_or_default());
                 Poll::Ready(frame.map(|frame| frame.map_err(|_| Unfinished)))

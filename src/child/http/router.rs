@@ -184,8 +184,7 @@ impl Router {
                             0 => None,
                             serial => {
                                 let fd = fds.pop_front().ok_or(io::ErrorKind::UnexpectedEof)?;
-                                let version = route.version.clone().unwrap_or_default();
-                                Some(Target::new(serial, version, fd, self.front.clone())?)
+                                Some(Target::new(serial, &route, fd, self.front.clone())?)
                             }
                         };
                         self.table.set(route, target);

@@ -16,7 +16,7 @@ use hyper::{Request, StatusCode, header::HOST, http::uri::Authority};
 use serde::{Deserialize, Serialize};
 use tokio::{io::Interest, net::UnixStream, sync::Notify};
 
-use super::{front::Front, index::Listing, stream::Stream, ticket::Problem};
+use super::{forward::Lane, front::Front, index::Listing, stream::Stream, ticket::Problem};
 use crate::process::{channel, wire::Kind};
 
 /// The longest path that a route may have, in bytes.
@@ -35,6 +35,8 @@ pub(crate) struct Route {
     pub(crate) at: At,
     /// How long one of them may take.
     pub(crate) timeout: Option<Duration>,
+    /// How long a connection to its workers may lie idle that is used again.
+    pub(crate) keep: Duration,
     /// What to do with requests.
     pub(crate) standing: Standing,
 }
@@ -87,21 +89,37 @@ impl App {
 pub(super) struct Target {
     serial: u64,
     pub(super) version: String,
+    keep: Duration,
     /// The kind of socket matters to nobody who only waits until it can be written to.
     channel: UnixStream,
     in_flight: Cell<u32>,
     retired: Cell<bool>,
+    /// Connections that may be used again, the last one last.
+    idle: RefCell<Vec<Lane>>,
     front: Rc<Front>,
 }
+
+/// How many connections to the workers of a version lie ready.
+const IDLE_MAX: usize = 256;
 
 impl Target {
     /// The workers behind a channel, which does not wait.
     ///
     /// # Errors
     /// When there is no room to wait for it.
-    pub(super) fn new(serial: u64, version: String, channel: OwnedFd, front: Rc<Front>) -> io::Result<Rc<Self>> {
+    pub(super) fn new(serial: u64, route: &Route, channel: OwnedFd, front: Rc<Front>) -> io::Result<Rc<Self>> {
         let channel = UnixStream::from_std(StdStream::from(channel))?;
-        Ok(Rc::new(Self { serial, version, channel, in_flight: Cell::new(0), retired: Cell::new(false), front }))
+        let (version, keep) = (route.version.clone().unwrap_or_default(), route.keep);
+        Ok(Rc::new(Self {
+            serial,
+            version,
+            keep,
+            channel,
+            in_flight: Cell::new(0),
+            retired: Cell::new(false),
+            idle: RefCell::default(),
+            front,
+        }))
     }
 
     /// A connection that its workers will take.
@@ -119,9 +137,39 @@ impl Target {
         }
     }
 
+    /// A connection that lies ready.
+    pub(super) fn reuse(&self) -> Option<Lane> {
+        let mut idle = self.idle.borrow_mut();
+        loop {
+            let lane = idle.pop()?;
+            if lane.idle_for() >= self.keep {
+                // those below have lain for longer
+                idle.clear();
+                return None;
+            }
+            if lane.is_ready() {
+                return Some(lane);
+            }
+        }
+    }
+
+    /// Keeps a connection that may be used again.
+    pub(super) fn keep(&self, lane: Lane) {
+        let mut idle = self.idle.borrow_mut();
+        if !self.retired.get() && idle.len() < IDLE_MAX {
+            idle.push(lane);
+        }
+    }
+
+    /// Whether another version has taken over.
+    pub(super) fn is_retired(&self) -> bool {
+        self.retired.get()
+    }
+
     /// There will be no more requests for it.
     fn retire(&self) {
         self.retired.set(true);
+        self.idle.borrow_mut().clear();
         self.tell_if_idle();
     }
 

@@ -423,6 +423,11 @@ impl Builder {
         &self.limits
     }
 
+    /// How long work in flight may take after a polite stop, so far.
+    pub(in crate::mode) fn current_grace(&self) -> Duration {
+        self.grace
+    }
+
     /// A pool of a command, one run of which answers each request that a router sends.
     pub(in crate::mode) fn with_command(mut self, command: RunConfig) -> Self {
         self.command = Some(command);
@@ -447,6 +452,8 @@ impl Builder {
         compiling: &Semaphore,
     ) -> Result<(), Error> {
         (self.is_routed, self.listen) = (true, None);
+        // how long clients may pause the router sees to; its own connections may lie idle
+        self.http.idle_timeout = self.http.idle_timeout.max(HttpLimits::default().idle_timeout);
         // whoever the router speaks for, it says
         self.trusted.push(IpNet::from(ROUTER));
         self.check()?;

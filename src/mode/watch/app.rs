@@ -5,11 +5,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Event, version::Version};
-use crate::{
-    child::{At, Standing},
-    outcome::millis,
+use super::{
+    Event,
+    version::{Place, Version},
 };
+use crate::{child::Standing, outcome::millis};
 
 /// How long a version that went live can still be taken back.
 pub(super) const TRIAL: Duration = Duration::from_secs(30);
@@ -73,8 +73,8 @@ pub(super) struct App {
     disabled: bool,
     /// Its files are gone.
     gone: bool,
-    /// Where it is, or was last, and how long a request may take there.
-    pub(super) place: Option<(At, Option<Duration>)>,
+    /// Where it is, or was last.
+    pub(super) place: Option<Place>,
     grace: Duration,
 }
 
@@ -137,7 +137,7 @@ impl App {
         }
         if self.live.is_none() && lazy {
             acts.push(Act::Tell(Event::Asleep { app: self.name.clone(), version: version.id.clone() }));
-            self.place = Some(version.at_and_timeout());
+            self.place = Some(version.place());
             self.asleep = Some(version);
             acts.push(Act::Route(None, Standing::Asleep));
             return acts;
@@ -190,7 +190,7 @@ impl App {
         };
         let took_ms = millis(now.duration_since(run.since));
         run.since = now;
-        self.place = Some(run.version.at_and_timeout());
+        self.place = Some(run.version.place());
         let mut acts = vec![Act::Route(Some(serial), Standing::Live)];
         let version = run.version.id.clone();
         let former = self.live.replace(run);
@@ -290,7 +290,7 @@ impl App {
         self.next = Some(Next { run, is_return });
         acts.push(Act::Start(serial, version));
         if self.live.is_none() {
-            self.place = self.next.as_ref().map(|next| next.run.version.at_and_timeout());
+            self.place = self.next.as_ref().map(|next| next.run.version.place());
             // whoever asks from now on waits
             acts.push(Act::Route(None, Standing::Starting));
         }

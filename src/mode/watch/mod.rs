@@ -285,7 +285,7 @@ pub fn inspect(folder: &Path) -> Result<Inspected, Error> {
         let found = Found { name: name.into(), version: None, at: None, refused: None };
         match Version::read(&folder, &there, name, &apps) {
             Ok(version) => {
-                let at = version.place();
+                let at = version.place_name();
                 let taken = places.contains(&at).then(|| format!("another app is at `{at}` already"));
                 let refused = version.would_not_run().or(taken);
                 if refused.is_none() {

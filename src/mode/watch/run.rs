@@ -25,7 +25,7 @@ use super::{
     app::{Act, App},
     folder::{Ears, Folder, There, age, app_of, is_meant},
     settle::Settle,
-    version::{Version, names, shadowed},
+    version::{Place, Version, names, shadowed},
 };
 use crate::{
     Error,
@@ -59,7 +59,17 @@ const ROUTER: event::WorkerId = 1;
 /// The longest frame that the router sends.
 const FRAME_MAX: u32 = 64 << 10;
 
-/// Serves a folder until SIGINT or SIGTERM; SIGHUP looks at it at once. Events go to `events`.
+/// Serves a folder until SIGINT or SIGTERM; SIGHUP tries all of it again. Events go to `events`.
+///
+/// ```no_run
+/// use wrun::{cluster, watch};
+///
+/// wrun::init(); // workers are this program, started again
+/// let apps = cluster::Builder::for_apps().workers(2);
+/// let folder = watch::Builder::new("apps", "127.0.0.1:8080".parse()?, apps);
+/// watch::run(folder, |event| eprintln!("{event:?}"))?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 ///
 /// # Errors
 /// When the folder cannot be read, the address cannot be listened on, or the router failed again and again.
@@ -402,7 +412,7 @@ impl<F: FnMut(Event)> Watched<F> {
             Ok(version) => {
                 if let Some(other) = taken {
                     self.displaced.insert(name.into(), version.at.clone());
-                    let reason = format!("the app `{other}` is at `{}` already", version.place());
+                    let reason = format!("the app `{other}` is at `{}` already", version.place_name());
                     app.reject(Some(version.id), reason)
                 } else {
                     let lazy = version.settings.lazy.unwrap_or(self.builder.lazy);
@@ -484,10 +494,10 @@ impl<F: FnMut(Event)> Watched<F> {
     /// Tells the router where requests of an app go.
     fn route(&mut self, name: &str, serial: Option<u64>, standing: Standing) {
         // one that never was anywhere is nowhere
-        let Some((at, timeout)) = self.apps.get(name).and_then(|app| app.place.clone()) else { return };
+        let Some(Place { at, timeout, keep }) = self.apps.get(name).and_then(|app| app.place.clone()) else { return };
         self.changes += 1;
         let version = serial.and_then(|serial| self.runs.get(&serial)).map(|run| run.version.clone());
-        let route = Route { number: self.changes, app: name.into(), version, at, timeout, standing };
+        let route = Route { number: self.changes, app: name.into(), version, at, timeout, keep, standing };
         let route = to_vec(&route).expect("plain data has a JSON form");
         let Some((serial, run)) = serial.and_then(|serial| Some((serial, self.runs.get_mut(&serial)?))) else {
             return self.router.send(ROUTER, Kind::Route, 0, &route);
@@ -530,7 +540,7 @@ impl<F: FnMut(Event)> Watched<F> {
             let run = app.live.as_ref().and_then(|run| self.runs.get(&run.serial));
             Entry {
                 name: name.clone(),
-                at: version.map_or_else(|| format!("/{name}"), |version| version.place()),
+                at: version.map_or_else(|| format!("/{name}"), |version| version.place_name()),
                 state: app.state().into(),
                 version: run.map(|run| run.version.clone()),
                 workers: run.map_or(0, |run| run.workers),

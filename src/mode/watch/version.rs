@@ -21,6 +21,20 @@ use crate::{
     settings::{Flaw, SETTINGS_MAX},
 };
 
+/// How long a connection of the router's may lie idle that is used again; or a quarter of the grace time. Workers that are
+/// to end wait twice as long for what idle ones bring.
+const KEEP: Duration = Duration::from_millis(500);
+
+/// Where an app is, and how it is asked.
+#[derive(Debug, Clone)]
+pub(super) struct Place {
+    pub(super) at: At,
+    /// How long a request may take.
+    pub(super) timeout: Option<Duration>,
+    /// How long a connection may lie idle.
+    pub(super) keep: Duration,
+}
+
 /// A version.
 #[derive(Debug)]
 pub(super) struct Version {
@@ -72,13 +86,14 @@ impl Version {
         Self { id: id.into(), guest: Arc::new(guest), settings, at, pool: cluster::Builder::for_apps() }
     }
 
-    /// Where it is, and how long a request may take there.
-    pub(super) fn at_and_timeout(&self) -> (At, Option<Duration>) {
-        (self.at.clone(), self.pool.current_limits().timeout)
+    /// Where it is, and how it is asked.
+    pub(super) fn place(&self) -> Place {
+        let (timeout, grace) = (self.pool.current_limits().timeout, self.pool.current_grace());
+        Place { at: self.at.clone(), timeout, keep: KEEP.min(grace / 4) }
     }
 
     /// Where it is, in words.
-    pub(super) fn place(&self) -> String {
+    pub(super) fn place_name(&self) -> String {
         match &self.at {
             At::Path(path) => path.clone(),
             At::Host(host) => host.clone(),
