@@ -29,7 +29,7 @@
 //!   mode/                            one file or folder per mode; no mode knows another
 //!     command/{run; launch, child, fork, map, blocking, foreground}  compile  inspect  doctor
 //!     cluster/{builder; dispatch, pool, lines; server, serve}  threads/{builder, map}
-//!     watch/{folder, settle, settings, version, app, run}      (which is made of clusters, and alone knows another mode)
+//!     watch/{folder, settle, settings, version, app, router, run}    (which is made of clusters, and alone knows another mode)
 //!        │                    │
 //!        │        supervisor/{slot, restart, worker}     slots of workers: start, watch, drain, replace
 //!        │                    │

@@ -10,12 +10,21 @@ use std::{
 
 use rustix::mm::{MapFlags, ProtFlags};
 
-/// All of a buffer's file, mapped. It is of the length that the file had, and the file does not shrink: that is sealed, or
-/// nobody else has the file.
+/// All of a buffer's files, mapped side by side. They are of the lengths that the files had, and the files do not shrink: that
+/// is sealed, or nobody else has them.
 #[derive(Debug)]
 pub(super) struct Map {
     start: NonNull<u8>,
     length: usize,
+    /// The lengths of the files.
+    lengths: Vec<u64>,
+}
+
+impl Default for Map {
+    /// Of nothing.
+    fn default() -> Self {
+        Self { start: NonNull::dangling(), length: 0, lengths: vec![] }
+    }
 }
 
 // SAFETY: memory that belongs to no thread; who may read and write it, its owner's types decide.
@@ -24,24 +33,51 @@ unsafe impl Send for Map {}
 unsafe impl Sync for Map {}
 
 impl Map {
-    /// Of a file that is sealed.
-    pub(super) fn sealed(file: &OwnedFd) -> io::Result<Self> {
-        Self::of(file, ProtFlags::READ, MapFlags::PRIVATE)
+    /// Of files that are sealed.
+    pub(super) fn sealed(files: &[OwnedFd]) -> io::Result<Self> {
+        Self::of(files, ProtFlags::READ, MapFlags::PRIVATE)
     }
 
     /// Of a file that is written through it.
     pub(super) fn shared(file: &OwnedFd) -> io::Result<Self> {
-        Self::of(file, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED)
+        Self::of(slice::from_ref(file), ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED)
     }
 
-    fn of(file: &OwnedFd, protection: ProtFlags, flags: MapFlags) -> io::Result<Self> {
-        let length = usize::try_from(rustix::fs::fstat(file)?.st_size).map_err(io::Error::other)?;
-        if length == 0 {
-            return Ok(Self { start: NonNull::dangling(), length });
+    fn of(files: &[OwnedFd], protection: ProtFlags, flags: MapFlags) -> io::Result<Self> {
+        let lengths = files.iter().map(|file| Ok(rustix::fs::fstat(file)?.st_size.cast_unsigned()));
+        let lengths = lengths.collect::<io::Result<Vec<u64>>>()?;
+        let page = rustix::param::page_size() as u64;
+        if lengths.split_last().is_some_and(|(_, others)| others.iter().any(|length| length % page != 0)) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a part of a buffer is no whole pages long"));
         }
+        let whole = usize::try_from(lengths.iter().sum::<u64>()).map_err(io::Error::other)?;
+        if whole == 0 {
+            return Ok(Self { lengths, ..Self::default() });
+        }
+        let nothing = ProtFlags::empty();
         // SAFETY: a new mapping, placed by the kernel, aliases nothing of this process.
-        let start = unsafe { rustix::mm::mmap(ptr::null_mut(), length, protection, flags, file, 0)? };
-        Ok(Self { start: NonNull::new(start.cast()).expect("the kernel never maps page 0 by itself"), length })
+        let start = unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), whole, nothing, MapFlags::PRIVATE)? };
+        let start = NonNull::new(start.cast::<u8>()).expect("the kernel never maps page 0 by itself");
+        // from here on it is unmapped with this
+        let map = Self { start, length: whole, lengths };
+        let mut at = 0;
+        for (file, length) in files.iter().zip(&map.lengths) {
+            let length = usize::try_from(*length).map_err(io::Error::other)?;
+            if length > 0 {
+                // SAFETY: within the mapping that was just made, of which nobody knows yet.
+                unsafe {
+                    let to = start.as_ptr().add(at).cast();
+                    rustix::mm::mmap(to, length, protection, flags | MapFlags::FIXED, file, 0)?;
+                }
+            }
+            at += length;
+        }
+        Ok(map)
+    }
+
+    /// The lengths of the files.
+    pub(super) fn lengths(&self) -> &[u64] {
+        &self.lengths
     }
 
     pub(super) fn length(&self) -> usize {

@@ -2,7 +2,8 @@
 //!
 //! A [`Buffer`] is sealed: nobody can write to it or cut it off any more, not even this process. A [`BufferMut`] is this
 //! process's alone until guests write to it, each to a range of its own, and becomes a [`Buffer`] when it is sealed. Both
-//! are files without a name (`memfd`), so that a descriptor is all that another process needs.
+//! are files without a name (`memfd`), so that a descriptor is all that another process needs. A large file is copied into
+//! several of these at once, which lie side by side: the system lets one at a time write to each.
 
 mod chunks;
 mod mapped;
@@ -18,6 +19,7 @@ use std::{
     },
     path::Path,
     sync::Arc,
+    thread,
 };
 
 use rustix::{
@@ -57,9 +59,35 @@ pub struct Buffer(Arc<Sealed>);
 
 #[derive(Debug)]
 struct Sealed {
-    file: OwnedFd,
+    /// All but the last are whole pages long.
+    parts: Vec<OwnedFd>,
     map: Map,
 }
+
+impl Drop for Sealed {
+    /// Gives back the memory of all parts at once, which takes the system about half as long as filling them.
+    fn drop(&mut self) {
+        drop(std::mem::take(&mut self.map));
+        let mut parts = std::mem::take(&mut self.parts).into_iter();
+        let first = parts.next();
+        thread::scope(|scope| {
+            for part in parts {
+                // when there is no room for a thread, what it was given is dropped here
+                let _ = thread::Builder::new().spawn_scoped(scope, || drop(part));
+            }
+            drop(first);
+        });
+    }
+}
+
+/// The most parts of a buffer. Those of all buffers of a child come with one message.
+pub(crate) const PARTS_MAX: usize = 3;
+
+/// The shortest part that is worth a thread.
+const PART_MIN: u64 = 32 << 20;
+
+/// What a part is a multiple of: the largest page that a system may have.
+const PART_STEP: u64 = 2 << 20;
 
 /// Bytes that are yet to be written, by this process or by guests.
 ///
@@ -89,6 +117,23 @@ fn file_of(length: u64) -> io::Result<OwnedFd> {
     Ok(file)
 }
 
+/// Copies a range of a file; whether all of it was there. None: the system cannot do so with this file.
+fn copy(file: &File, range: std::ops::Range<u64>) -> io::Result<Option<(OwnedFd, bool)>> {
+    let (part, mut at) = (file_of(0)?, range.start);
+    while at < range.end {
+        let left = Bytes(range.end - at).as_usize();
+        // it spares a copy by way of our memory
+        match rustix::fs::sendfile(&part, file, Some(&mut at), left) {
+            Ok(0) => return Ok(Some((part, false))),
+            Ok(_) | Err(Errno::INTR) => {}
+            // of some file systems
+            Err(Errno::INVAL | Errno::NOSYS) if at == range.start => return Ok(None),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(Some((part, true)))
+}
+
 fn too_large(max: Bytes) -> io::Error {
     io::Error::new(io::ErrorKind::FileTooLarge, format!("it is larger than {max}"))
 }
@@ -101,11 +146,11 @@ impl Buffer {
     pub fn from_slice(bytes: &[u8]) -> io::Result<Self> {
         let file = File::from(file_of(bytes.len() as u64)?);
         file.write_all_at(bytes, 0)?;
-        Self::seal(file.into())
+        Self::seal(vec![file.into()])
     }
 
     /// A copy of a file as it is now: whatever becomes of the file, the buffer stays. What is no regular
-    /// file is read to its end.
+    /// file is read to its end. A large one is copied by several threads, on as many cores as there are.
     ///
     /// # Errors
     /// When it cannot be read, or the system has no memory left.
@@ -118,6 +163,15 @@ impl Buffer {
     /// # Errors
     /// As [`Buffer::from_file`], or when it has more.
     pub fn read(file: &File, max: Bytes) -> io::Result<Self> {
+        let cores = thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Self::read_by(cores, file, max)
+    }
+
+    /// As [`Buffer::read`], by at most so many threads.
+    ///
+    /// # Errors
+    /// As [`Buffer::read`].
+    pub fn read_by(threads: usize, file: &File, max: Bytes) -> io::Result<Self> {
         let metadata = file.metadata()?;
         // of what lies in a list of the kernel's the length is not known before it is read
         if !metadata.is_file() || metadata.len() == 0 {
@@ -127,20 +181,28 @@ impl Buffer {
         if length > max.0 {
             return Err(too_large(max));
         }
-        let (buffer, mut at) = (file_of(0)?, 0);
-        while at < length {
-            let left = Bytes(length - at).as_usize();
-            // by one thread: the system lets one at a time write to a file, and spares it a copy by way of our memory
-            match rustix::fs::sendfile(&buffer, file, Some(&mut at), left) {
+        let parts = (length / PART_MIN).clamp(1, threads.clamp(1, PARTS_MAX) as u64);
+        let step = length.div_ceil(parts).next_multiple_of(PART_STEP);
+        let copy = |start: u64| copy(file, start..(start + step).min(length));
+        let copied: Vec<_> = thread::scope(|scope| {
+            let other = |part| thread::Builder::new().spawn_scoped(scope, move || copy(part * step));
+            let others: Vec<_> = (1..parts).map(other).collect();
+            let first = copy(0);
+            let others = others.into_iter().map(|other| {
+                other?.join().unwrap_or_else(|_| Err(io::Error::other("the thread that copies has panicked")))
+            });
+            [first].into_iter().chain(others).collect()
+        });
+        let mut parts = vec![];
+        for copied in copied {
+            let Some((part, is_whole)) = copied? else { return Self::from_reader(file, max) };
+            parts.push(part);
+            if !is_whole {
                 // cut off meanwhile: as long as it was found to be
-                Ok(0) => break,
-                Ok(_) | Err(Errno::INTR) => {}
-                // of some file systems
-                Err(Errno::INVAL | Errno::NOSYS) if at == 0 => return Self::from_reader(file, max),
-                Err(error) => return Err(error.into()),
+                break;
             }
         }
-        Self::seal(buffer)
+        Self::seal(parts)
     }
 
     /// All that a reader has, which may be at most so much.
@@ -152,7 +214,7 @@ impl Buffer {
         let (mut block, mut length) = (vec![0; BLOCK], 0);
         loop {
             match reader.read(&mut block) {
-                Ok(0) => return Self::seal(buffer.into()),
+                Ok(0) => return Self::seal(vec![buffer.into()]),
                 Ok(count) => {
                     buffer.write_all_at(&block[..count], length)?;
                     length += count as u64;
@@ -177,21 +239,48 @@ impl Buffer {
         BufferMut::of(file)
     }
 
-    /// A buffer that came from another process.
+    /// A buffer that came from another process, in parts.
     ///
     /// # Errors
-    /// When it is not sealed.
-    pub(crate) fn received(file: OwnedFd) -> io::Result<Self> {
-        if !rustix::fs::fcntl_get_seals(&file)?.contains(SEALS) {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "a buffer that came is not sealed"));
+    /// When one is not sealed, or not as long as a part has to be.
+    pub(crate) fn received(parts: Vec<OwnedFd>) -> io::Result<Self> {
+        for part in &parts {
+            if !rustix::fs::fcntl_get_seals(part)?.contains(SEALS) {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "a buffer that came is not sealed"));
+            }
         }
-        let map = Map::sealed(&file)?;
-        Ok(Self(Arc::new(Sealed { file, map })))
+        let map = Map::sealed(&parts)?;
+        Ok(Self(Arc::new(Sealed { parts, map })))
     }
 
-    fn seal(file: OwnedFd) -> io::Result<Self> {
-        rustix::fs::fcntl_add_seals(&file, SEALS | SealFlags::SEAL)?;
-        Self::received(file)
+    fn seal(parts: Vec<OwnedFd>) -> io::Result<Self> {
+        for part in &parts {
+            rustix::fs::fcntl_add_seals(part, SEALS | SealFlags::SEAL)?;
+        }
+        Self::received(parts)
+    }
+
+    /// The files that it is made of.
+    pub(crate) fn parts(&self) -> impl ExactSizeIterator<Item = BorrowedFd<'_>> {
+        self.0.parts.iter().map(AsFd::as_fd)
+    }
+
+    /// Where a range of it lies: in which file, from which offset on, and how much of it.
+    pub(crate) fn pieces(&self, mut range: std::ops::Range<u64>) -> impl Iterator<Item = (BorrowedFd<'_>, u64, u64)> {
+        let lengths = self.0.map.lengths();
+        let starts = lengths.iter().scan(0, |end, length| {
+            let start = *end;
+            *end += length;
+            Some((start, *end))
+        });
+        self.parts().zip(starts).filter_map(move |(part, (start, end))| {
+            let taken = range.start.max(start)..range.end.min(end);
+            if taken.is_empty() {
+                return None;
+            }
+            range.start = taken.end;
+            Some((part, taken.start - start, taken.end - taken.start))
+        })
     }
 
     /// How many bytes it has.
@@ -221,12 +310,6 @@ impl AsRef<[u8]> for Buffer {
     }
 }
 
-impl AsFd for Buffer {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.file.as_fd()
-    }
-}
-
 impl BufferMut {
     fn of(file: OwnedFd) -> io::Result<Self> {
         let map = Map::shared(&file)?;
@@ -240,7 +323,7 @@ impl BufferMut {
     pub fn seal(self) -> io::Result<Buffer> {
         let Self { file, map } = self;
         drop(map);
-        Buffer::seal(file)
+        Buffer::seal(vec![file])
     }
 
     /// How many bytes it has.
@@ -290,6 +373,16 @@ pub(crate) const BUFFERS_MAX: usize = 64;
 /// Buffers, by what they are called in a guest.
 pub(crate) type Named = Vec<(String, Buffer)>;
 
+/// What their names are, each with how many descriptors come for it.
+pub(crate) fn names(named: &Named) -> Vec<(String, usize)> {
+    named.iter().map(|(name, buffer)| (name.clone(), buffer.parts().len())).collect()
+}
+
+/// Their descriptors, in the same order.
+pub(crate) fn descriptors(named: &Named) -> impl Iterator<Item = BorrowedFd<'_>> {
+    named.iter().flat_map(|(_, buffer)| buffer.parts())
+}
+
 /// Adds one, in place of one of the same name.
 pub(crate) fn add(named: &mut Named, name: String, buffer: &Buffer) {
     named.retain(|(other, _)| *other != name);
@@ -328,13 +421,13 @@ mod tests {
     #[test]
     fn what_is_sealed_does_not_change() {
         let buffer = Buffer::from_slice(b"sealed").expect("memory");
-        let file = File::from(buffer.as_fd().try_clone_to_owned().expect("a descriptor"));
+        let file = File::from(buffer.parts().next().expect("one").try_clone_to_owned().expect("a descriptor"));
         assert!(file.write_all_at(b"x", 0).is_err() && file.set_len(0).is_err() && file.set_len(100).is_err());
         assert_eq!(&buffer[..], b"sealed");
-        let received = Buffer::received(file.into()).expect("it is sealed");
+        let received = Buffer::received(vec![file.into()]).expect("it is sealed");
         assert_eq!(&received[..], b"sealed");
         let open = Buffer::zeroed(Bytes(1)).expect("memory");
-        assert!(Buffer::received(open.file.try_clone().expect("a descriptor")).is_err(), "it is not");
+        assert!(Buffer::received(vec![open.file.try_clone().expect("a descriptor")]).is_err(), "it is not");
     }
 
     #[test]
@@ -364,11 +457,41 @@ mod tests {
     }
 
     #[test]
+    fn a_large_file_is_copied_in_parts_that_lie_side_by_side() {
+        let length = 2 * PART_MIN + 12_345;
+        let bytes: Vec<u8> = (0..length).map(|n| (n / 4099).to_le_bytes()[0]).collect();
+        let mut file = tempfile::tempfile().expect("a file");
+        file.write_all(&bytes).expect("written");
+        let read = |threads| Buffer::read_by(threads, &file, Bytes(length)).expect("read");
+        for (threads, parts) in [(0, 1), (1, 1), (2, 2), (3, 2)] {
+            let buffer = read(threads);
+            assert_eq!(buffer.parts().len(), parts, "by {threads}");
+            assert!(buffer[..] == bytes[..]);
+        }
+        let buffer = read(2);
+        let step = (length / 2).next_multiple_of(PART_STEP);
+        let pieces = |range| buffer.pieces(range).map(|(_, at, length)| (at, length)).collect::<Vec<_>>();
+        assert_eq!(pieces(0..length), [(0, step), (0, length - step)]);
+        assert_eq!(pieces(step - 4096..step), [(step - 4096, 4096)]);
+        assert_eq!(pieces(step - 4096..step + 8192), [(step - 4096, 4096), (0, 8192)]);
+        assert_eq!(pieces(step + 4096..length), [(4096, length - step - 4096)]);
+        assert_eq!(pieces(7..7), []);
+        // as another process gets it, and not with a part in the midst that is no whole pages long
+        let clones = || buffer.parts().map(|part| part.try_clone_to_owned().expect("a descriptor")).collect::<Vec<_>>();
+        assert!(Buffer::received(clones()).expect("sealed")[..] == bytes[..]);
+        assert!(Buffer::received(clones().into_iter().rev().collect()).is_err());
+        // one that is cut off meanwhile ends where it is cut
+        file.set_len(step + 10).expect("cut");
+        let copied = copy(&file, step..length).expect("read").expect("a regular file");
+        assert!(!copied.1 && std::fs::File::from(copied.0).metadata().expect("a file").len() == 10);
+    }
+
+    #[test]
     fn what_has_no_length_is_read_to_its_end() {
         let (reader, mut writer) = io::pipe().expect("a pipe");
         let bytes = vec![3; BLOCK * 2 + 5];
         let sent = bytes.clone();
-        let sender = std::thread::spawn(move || writer.write_all(&sent));
+        let sender = thread::spawn(move || writer.write_all(&sent));
         let reader = File::from(OwnedFd::from(reader));
         assert!(Buffer::read(&reader, Bytes(bytes.len() as u64)).expect("read")[..] == bytes[..]);
         sender.join().expect("no panic").expect("sent");

@@ -63,8 +63,8 @@ pub(crate) struct CommandConfig {
     pub(crate) mailbox: bool,
     /// How its workers are made, when it shares its memory and is a handler.
     pub(crate) workers: Option<Workers>,
-    /// The names of the buffers that come with its streams.
-    pub(crate) buffers: Vec<String>,
+    /// The names of the buffers that come with its streams, each with how many descriptors it has.
+    pub(crate) buffers: Vec<(String, usize)>,
     /// How the chunks of the first of these are handed to it; none when it runs by itself.
     pub(crate) map: Option<MapConfig>,
     /// What its process may do.

@@ -4,7 +4,6 @@
 use std::{
     collections::VecDeque,
     future::Future,
-    io,
     os::{fd::OwnedFd, unix::net::UnixStream},
     pin::Pin,
     sync::{
@@ -75,6 +74,8 @@ struct Inbox {
     received: Box<[u8]>,
     /// Those of buffers whose frames are yet to be taken.
     fds: VecDeque<OwnedFd>,
+    /// Those of a buffer of which not all have come.
+    parts: Vec<OwnedFd>,
     buffers: Arc<Buffers>,
     /// The primary has disconnected.
     closed: bool,
@@ -92,7 +93,17 @@ impl Line {
         let has_more = Arc::<AtomicBool>::default();
         let has = has_more.clone();
         let received = vec![0; RECEIVE].into();
-        let inbox = Inbox { out: out.clone(), socket, incoming, received, fds, buffers, closed: false, has_more: has };
+        let inbox = Inbox {
+            out: out.clone(),
+            socket,
+            incoming,
+            received,
+            fds,
+            parts: vec![],
+            buffers,
+            closed: false,
+            has_more: has,
+        };
         Self { out, pulse, shares_thread, has_more, inbox: Arc::new(Mutex::new(inbox)) }
     }
 
@@ -231,8 +242,13 @@ impl Inbox {
                 Ok(Some(frame)) if frame.kind == Kind::Drain => self.closed = true,
                 Ok(Some(frame)) if frame.kind == Kind::Buffer => {
                     let name = String::from_utf8_lossy(frame.body);
-                    let fd = self.fds.pop_front().ok_or_else(|| io::Error::other("no descriptor came with it"));
-                    match fd.and_then(Buffer::received) {
+                    let Some(part) = self.fds.pop_front() else { continue };
+                    self.parts.push(part);
+                    // others of it are to come
+                    if frame.id > 1 {
+                        continue;
+                    }
+                    match Buffer::received(std::mem::take(&mut self.parts)) {
                         Ok(buffer) => self.buffers.add(&name, buffer),
                         Err(error) => {
                             let text = format!("the buffer `{name}` did not come: {error}");

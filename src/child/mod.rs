@@ -66,15 +66,18 @@ pub fn init() {
     std::process::exit(code);
 }
 
-/// The buffers of these names, whose descriptors come next.
+/// The buffers of these names, each with how many descriptors come next for it.
 ///
 /// # Errors
 /// When one is missing, or could still change.
-fn receive_buffers(names: Vec<String>, fds: &mut impl Iterator<Item = OwnedFd>) -> Result<Named, LoadError> {
+fn receive_buffers(names: Vec<(String, usize)>, fds: &mut impl Iterator<Item = OwnedFd>) -> Result<Named, LoadError> {
     let broken = |reason: String| LoadError::Invalid { reason };
-    let received = names.into_iter().map(|name| {
-        let fd = fds.next().ok_or_else(|| broken(format!("the buffer `{name}` is missing")))?;
-        Ok((name, Buffer::received(fd).map_err(|error| broken(error.to_string()))?))
+    let received = names.into_iter().map(|(name, parts)| {
+        let parts: Vec<_> = fds.take(parts).collect();
+        if parts.is_empty() {
+            return Err(broken(format!("the buffer `{name}` is missing")));
+        }
+        Ok((name, Buffer::received(parts).map_err(|error| broken(error.to_string()))?))
     });
     received.collect()
 }

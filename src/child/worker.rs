@@ -28,6 +28,7 @@ use super::{
     receive_buffers,
 };
 use crate::{
+    buffer::PARTS_MAX,
     grant::{Denied, Grants},
     limits::{Bytes, Limits},
     message::Message,
@@ -66,8 +67,8 @@ pub(crate) struct WorkerConfig {
     pub(crate) concurrency: u32,
     /// How often it gives a sign of life.
     pub(crate) beat: Duration,
-    /// The names of the buffers that come before whoever looks names up.
-    pub(crate) buffers: Vec<String>,
+    /// The names of the buffers that come before whoever looks names up, each with how many descriptors it has.
+    pub(crate) buffers: Vec<(String, usize)>,
     /// How it serves a port; none when tasks come from the primary.
     pub(crate) listen: Option<ListenConfig>,
     /// What its process may do.
@@ -156,7 +157,7 @@ pub(crate) fn jail_of(
 
 /// Makes room in a jail for windows of so many buffers, in so many instances with this much memory each.
 pub(crate) fn with_windows(jail: &mut Jail, buffers: usize, instances: u32, memory: Bytes) {
-    jail.bounds.files += buffers as u64;
+    jail.bounds.files += (buffers * PARTS_MAX) as u64;
     // what a window takes the place of is kept meanwhile; what is read of a buffer counts for nobody
     let windows = memory.0.saturating_mul(instances.into());
     jail.bounds.data = Bytes(jail.bounds.data.0.saturating_add(windows));

@@ -159,6 +159,12 @@ impl ThreadsArgs {
         })
     }
 
+    /// How many threads.
+    fn threads(&self) -> u32 {
+        let cores = || std::thread::available_parallelism().map_or(1, NonZero::get);
+        self.workers.unwrap_or_else(|| u32::try_from(cores()).unwrap_or(u32::MAX))
+    }
+
     /// The chunks that are to be handed out, if any, and where the output goes.
     ///
     /// # Errors
@@ -170,7 +176,7 @@ impl ThreadsArgs {
         let buffer = if path == Path::new("-") {
             Buffer::from_reader(io::stdin().lock(), *input_max)
         } else {
-            File::open(path).and_then(|file| Buffer::read(&file, *input_max))
+            File::open(path).and_then(|file| Buffer::read_by(self.threads() as usize, &file, *input_max))
         };
         let buffer = buffer.map_err(|error| {
             let hint = if error.kind() == io::ErrorKind::FileTooLarge { " (--input-max)" } else { "" };
@@ -190,8 +196,7 @@ impl ThreadsArgs {
         if self.child.reads_input() {
             return Err(Error::Usage("expected a file for the guest, found standard input".into()));
         }
-        let cores = || std::thread::available_parallelism().map_or(1, NonZero::get);
-        let workers = self.workers.unwrap_or_else(|| u32::try_from(cores()).unwrap_or(u32::MAX));
+        let workers = self.threads();
         let has_tasks = self.has_tasks();
         let mut command = self.child.command(self.message_max)?;
         command.workers(workers).pin(self.pin).tasks(has_tasks);

@@ -51,7 +51,13 @@ use self::{
     pidfd::Pidfd,
     wire::{Frame, Incoming, Kind, Outgoing, VERSION, WireError},
 };
-use crate::{Error, buffer::BUFFERS_MAX, limits::Bytes, outcome::End, signal::Signal};
+use crate::{
+    Error,
+    buffer::{BUFFERS_MAX, PARTS_MAX},
+    limits::Bytes,
+    outcome::End,
+    signal::Signal,
+};
 
 /// The name under which children run.
 const ARG0: &str = "wrun-worker";
@@ -62,8 +68,8 @@ const SEND_BUFFER: usize = 1 << 20;
 /// How long a child may take to read what does not fit into its socket. It has not met its guest then.
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
 
-/// The most descriptors that come with a hello: a dozen, and buffers.
-const FDS_MAX: usize = 12 + BUFFERS_MAX;
+/// The most descriptors that come with a hello: a dozen, and buffers. The system lets 253 go with one message.
+const FDS_MAX: usize = 12 + BUFFERS_MAX * PARTS_MAX;
 
 /// How much is read from one child before others get their turn.
 const READ_TURN: usize = 1 << 20;

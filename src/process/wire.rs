@@ -65,7 +65,7 @@ pub(crate) enum Kind {
     Walls = 19,
     /// To the primary: the guest was refused something of the network; the body says what, and which grant it lacks.
     Denied = 20,
-    /// To the worker: a buffer comes with this, and the body is its name.
+    /// To the worker: a part of a buffer comes with this; the body is its name, the id how many parts come, with this one.
     Buffer = 21,
     /// To the router: where an app's requests go; the body is a route. The id is the number of the version that is live,
     /// whose channel comes with this; 0 when none is.

@@ -17,7 +17,7 @@
 use std::{
     io,
     ops::Range,
-    os::fd::AsFd,
+    os::fd::{AsFd, BorrowedFd},
     ptr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -246,17 +246,30 @@ impl Window {
         if !self.mapped.is_empty() {
             // SAFETY: by the caller's word.
             unsafe { self.park(self.mapped.start, self.mapped.len())? };
-            let start = self.offset_of(self.mapped.start);
-            let (file, flags) = match &self.source {
-                // copies of pages are made of memory that the guest may have anyway
-                Source::Input(buffer) => (buffer.as_fd(), MapFlags::PRIVATE | MapFlags::NORESERVE),
-                Source::Output(shared) => (shared.as_fd(), MapFlags::SHARED),
+            let range = self.range_of(&self.mapped);
+            let map = |file: BorrowedFd<'_>, from: u64, at: usize, length: u64, flags| {
+                let to = ptr::with_exposed_provenance_mut(at);
+                let protection = ProtFlags::READ | ProtFlags::WRITE;
+                // SAFETY: these pages are the guest's, and what was there is parked. The file is as long as the range, and
+                // its length is sealed.
+                unsafe {
+                    rustix::mm::mmap(to, Bytes(length).as_usize(), protection, flags | MapFlags::FIXED, file, from)
+                }
             };
-            let (at, length) = (ptr::with_exposed_provenance_mut(self.mapped.start), self.mapped.len());
-            let protection = ProtFlags::READ | ProtFlags::WRITE;
-            // SAFETY: these pages are the guest's, and what was there is parked. The file is as long as the range, and
-            // its length is sealed.
-            unsafe { rustix::mm::mmap(at, length, protection, flags | MapFlags::FIXED, file, start)? };
+            match &self.source {
+                Source::Input(buffer) => {
+                    let mut at = self.mapped.start;
+                    for (file, from, length) in buffer.pieces(range) {
+                        // copies of pages are made of memory that the guest may have anyway
+                        map(file, from, at, length, MapFlags::PRIVATE | MapFlags::NORESERVE)?;
+                        at += Bytes(length).as_usize();
+                    }
+                }
+                Source::Output(shared) => {
+                    let length = range.end - range.start;
+                    map(shared.as_fd(), range.start, self.mapped.start, length, MapFlags::SHARED)?;
+                }
+            }
         }
         for edge in self.edges() {
             let (range, at) = (self.range_of(&edge), ptr::with_exposed_provenance_mut(edge.start));

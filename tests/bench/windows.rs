@@ -144,12 +144,13 @@ fn word_count(node: Option<&mut Node>, text: &Buffer, threads: u32) {
     };
     let chunks: Vec<_> = text.split(CHUNK).lines().collect();
     // as a program begins that was handed a file: with a mapping of its own, which has no pages yet
+    let file = rustix::fs::memfd_create("native", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&std::fs::File::from(file.try_clone().unwrap()), text, 0).unwrap();
     let mapped = || {
-        let file = std::os::fd::AsFd::as_fd(text);
         let (read, private) = (rustix::mm::ProtFlags::READ, rustix::mm::MapFlags::PRIVATE);
-        // SAFETY: a new mapping of a file that is sealed, as long as the file, gone before anybody else could see it
+        // SAFETY: a new mapping of a file that nobody else has, as long as the file, gone before anybody else could see it
         unsafe {
-            let start = rustix::mm::mmap(std::ptr::null_mut(), text.len(), read, private, file, 0).unwrap();
+            let start = rustix::mm::mmap(std::ptr::null_mut(), text.len(), read, private, &file, 0).unwrap();
             let words = native(std::slice::from_raw_parts(start.cast(), text.len()), &chunks);
             rustix::mm::munmap(start, text.len()).unwrap();
             words

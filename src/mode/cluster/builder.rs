@@ -575,7 +575,7 @@ impl Builder {
             let all = bytes.saturating_mul(concurrency.into());
             jail.bounds.data = Bytes(jail.bounds.data.0.saturating_add(all));
         }
-        let (names, buffers): (Vec<_>, Vec<_>) = self.buffers.iter().cloned().unzip();
+        let buffers = self.buffers.clone();
         if !buffers.is_empty() {
             with_windows(&mut jail, buffers.len(), concurrency, self.limits.memory);
         }
@@ -593,7 +593,7 @@ impl Builder {
             },
             concurrency,
             beat: self.heartbeat / 10,
-            buffers: names,
+            buffers: buffer::names(&buffers),
             listen,
             jail,
         };
@@ -603,7 +603,7 @@ impl Builder {
             (config.identity.id, config.identity.generation) = (worker, generation);
             let names = names::answer(&config.grants)?;
             let start = |fds: &[BorrowedFd<'_>]| {
-                let fds = fds.iter().copied().chain(buffers.iter().map(AsFd::as_fd));
+                let fds = fds.iter().copied().chain(buffer::descriptors(&buffers));
                 let fds: Vec<_> = fds.chain(names.as_ref().map(AsFd::as_fd)).collect();
                 Process::start(&program, Role::Worker, &config, &fds, body_max)
             };

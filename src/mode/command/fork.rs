@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeSet, VecDeque},
     future::poll_fn,
-    os::fd::AsFd,
+    io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker},
     time::{Duration, Instant},
@@ -269,7 +269,8 @@ impl Fork {
     /// descriptor left.
     pub fn send_buffer(&self, name: &str, buffer: &Buffer) -> Result<(), SendError> {
         check_name(name).map_err(SendError::NotShared)?;
-        let fd = buffer.as_fd().try_clone_to_owned().map_err(|error| SendError::NotShared(error.to_string()))?;
+        let parts = buffer.parts().map(|part| part.try_clone_to_owned()).collect::<io::Result<Vec<_>>>();
+        let parts = parts.map_err(|error| SendError::NotShared(error.to_string()))?;
         let state = &mut *self.shared.state();
         if state.is_closed() {
             return Err(SendError::Closed);
@@ -281,7 +282,9 @@ impl Fork {
             return Err(SendError::NotShared(format!("the guest has {BUFFERS_MAX} buffers, as many as it may have")));
         }
         state.buffers.insert(name.to_owned());
-        state.outgoing.push_with(Kind::Buffer, 0, name.as_bytes(), fd);
+        for (left, part) in (1..=parts.len() as u64).rev().zip(parts) {
+            state.outgoing.push_with(Kind::Buffer, left, name.as_bytes(), part);
+        }
         state.wake_driver();
         Ok(())
     }

@@ -10,7 +10,7 @@ use std::{
 
 use crate::{
     Error,
-    buffer::{BUFFERS_MAX, Named},
+    buffer::{self, BUFFERS_MAX, Named},
     child::{CommandConfig, Compiler, MapConfig, THREAD_STACK, Workers, entry, jail_of, with_windows},
     grant::{Denied, GrantError, Grants, REFUSALS_MAX},
     limits::{Bytes, CompileLimits, Limits},
@@ -200,7 +200,7 @@ impl Settings {
             cwd: extra.cwd,
             mailbox: extra.mailbox,
             workers: self.workers,
-            buffers: self.buffers.iter().map(|(name, _)| name.clone()).collect(),
+            buffers: buffer::names(&self.buffers),
             map,
             jail,
         };
@@ -208,8 +208,7 @@ impl Settings {
         let [stdin, stdout, stderr] = streams;
         let names = names::answer(&self.grants).map_err(Error::io("make a socket"))?;
         let fds = [code.as_fd(), stdin, stdout, stderr].into_iter();
-        let fds =
-            fds.chain(self.buffers.iter().map(|(_, buffer)| buffer.as_fd())).chain(output.as_ref().map(AsFd::as_fd));
+        let fds = fds.chain(buffer::descriptors(&self.buffers)).chain(output.as_ref().map(AsFd::as_fd));
         let fds: Vec<_> = fds.chain(names.as_ref().map(AsFd::as_fd)).collect();
         let process = Process::start(&self.compiler.program, Role::Command, &config, &fds, body_max).map_err(cannot)?;
         let limit = self.limits.timeout;

@@ -7,7 +7,8 @@
 //! | `settings` | what its `NAME.toml` says of an app |
 //! | `version` | a guest and its settings, as they were read |
 //! | `app` | what becomes of an app: which version is live, which is to be, what was wrong |
-//! | `run` | all of it together, and the router |
+//! | `router` | the process that has the port |
+//! | `run` | all of it together |
 //!
 //! Each version of an app is a [`Cluster`](crate::Cluster) of its own, whose workers take connections from the router and
 //! from nobody else. A new one is started beside the old, and when all its workers are ready the router is told: from then
@@ -15,6 +16,7 @@
 
 mod app;
 mod folder;
+mod router;
 mod run;
 mod settings;
 mod settle;

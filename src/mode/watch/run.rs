@@ -5,7 +5,7 @@ use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     future::poll_fn,
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::OwnedFd,
     path::absolute,
     sync::{Arc, Mutex, PoisonError},
     task::Poll,
@@ -24,25 +24,20 @@ use super::{
     Builder, Event,
     app::{Act, App},
     folder::{Ears, Folder, There, age, app_of, is_meant},
+    router::{Told, router, told_by},
     settle::Settle,
     version::{Place, Version, names, shadowed},
 };
 use crate::{
     Error,
-    child::{At, Entry, Listing, Route, RouterConfig, Standing, cores, jail_of_router},
-    event::{self, AccessRecord},
+    child::{At, Entry, Listing, Route, Standing, cores},
+    event,
     mode::cluster::{End, Order, Stop},
     outcome::millis,
-    process::{
-        Isolation, Process, Program, Role, channel, port, runtime,
-        wire::{Frame, Kind},
-    },
+    process::{Isolation, channel, port, runtime, wire::Kind},
     signal::Signals,
-    supervisor::{Launch, Policy, Step, Supervisor, Watch},
+    supervisor::{Step, Supervisor},
 };
-
-/// How long the router may take to get ready.
-const READY_WITHIN: Duration = Duration::from_secs(10);
 
 /// How often the folder is looked at when events come, in case some were lost ...
 const LOOK_SELDOM: Duration = Duration::from_secs(2);
@@ -55,9 +50,6 @@ const LOOK_PAUSE: Duration = Duration::from_millis(20);
 
 /// The router's slot.
 const ROUTER: event::WorkerId = 1;
-
-/// The longest frame that the router sends.
-const FRAME_MAX: u32 = 64 << 10;
 
 /// Serves a folder until SIGINT or SIGTERM; SIGHUP tries all of it again. Events go to `events`.
 ///
@@ -155,7 +147,10 @@ async fn watch<F: FnMut(Event)>(builder: Builder, tell: F) -> Result<End, Error>
     // until it is told
     let mut address = Some(port::address_of(&listener).map_err(Error::io("look at the port"))?);
     let listener = Arc::new(Mutex::new(Some(listener)));
-    let router = router(&builder, listener.clone(), news.clone());
+    let told = news.clone();
+    // nobody hears it any more when all is over
+    let sink = Box::new(move |event| _ = told.send(News::Router(event)));
+    let router = router(&builder, listener.clone(), sink);
     let mut watched = Watched {
         folder,
         there: There::default(),
@@ -244,32 +239,6 @@ async fn watch<F: FnMut(Event)>(builder: Builder, tell: F) -> Result<End, Error>
 fn bind(builder: &Builder) -> Result<OwnedFd, Error> {
     let address = builder.listen;
     port::bind(address, false).map_err(|source| Error::Listen { address, source })
-}
-
-/// What keeps the router.
-fn router(builder: &Builder, listener: Arc<Mutex<Option<OwnedFd>>>, news: mpsc::UnboundedSender<News>) -> Supervisor {
-    let config = RouterConfig {
-        http: builder.http.clone(),
-        access_log: builder.access_log,
-        trusted: builder.trusted.clone(),
-        queue: builder.queue,
-        beat: builder.heartbeat / 10,
-        jail: jail_of_router(builder.isolation, &builder.http),
-    };
-    let launch: Launch = Box::new(move |_, _| {
-        let listener = listener.lock().unwrap_or_else(PoisonError::into_inner);
-        let listener = listener.as_ref().ok_or(io::ErrorKind::NotConnected)?;
-        Process::start(&Program::Own, Role::Router, &config, &[listener.as_fd()], FRAME_MAX)
-    });
-    let watch = Watch {
-        policy: Policy::default(),
-        heartbeat: builder.heartbeat,
-        ready_within: READY_WITHIN,
-        grace: builder.grace,
-        memory_max: None,
-    };
-    // nobody hears it any more when all is over
-    Supervisor::new(1, watch, launch, Box::new(move |event| _ = news.send(News::Router(event))))
 }
 
 impl<F: FnMut(Event)> Watched<F> {
@@ -605,7 +574,7 @@ impl<F: FnMut(Event)> Watched<F> {
 
     fn poll_router(&mut self, cx: &mut std::task::Context<'_>) -> Poll<Step> {
         let mut told = vec![];
-        let step = self.router.poll(cx, |_, frame| told_by_router(frame).map(|news| told.push(news)));
+        let step = self.router.poll(cx, |_, frame| told_by(frame).map(|news| told.push(news)));
         for news in told {
             self.hear_router(news);
         }
@@ -683,26 +652,5 @@ impl<F: FnMut(Event)> Watched<F> {
             }
         }
         false
-    }
-}
-
-/// What the router says.
-enum Told {
-    /// A request, after so many that are not told of.
-    Access(Box<AccessRecord>, u64),
-    Idle(u64),
-    Wake(String),
-    Routed(u64),
-}
-
-fn told_by_router(frame: Frame<'_>) -> Result<Told, String> {
-    match frame.kind {
-        Kind::Access => serde_json::from_slice(frame.body)
-            .map(|record| Told::Access(record, frame.id))
-            .map_err(|error| format!("it sent a broken access record: {error}")),
-        Kind::Idle => Ok(Told::Idle(frame.id)),
-        Kind::Routed => Ok(Told::Routed(frame.id)),
-        Kind::Wake => Ok(Told::Wake(String::from_utf8_lossy(frame.body).into_owned())),
-        kind => Err(format!("it sent {kind:?}, which is not for a folder")),
     }
 }
