@@ -4,6 +4,7 @@
 
 use std::{
     fs,
+    os::unix::fs::FileExt,
     os::unix::fs::PermissionsExt,
     path::Path,
     sync::{Arc, Mutex, OnceLock},
@@ -232,6 +233,14 @@ fn buffers_come_with_messages_and_in_their_order() {
         for round in 1..=200u8 {
             assert_eq!(fork.recv().await, Some(sum(round)));
         }
+        // one that comes in several parts, and is asked for across them
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(70 << 20).unwrap();
+        let at = (35u64 << 20).next_multiple_of(2 << 20) - 2;
+        file.write_all_at(&[7; 4], at).unwrap();
+        fork.send_buffer("input", &Buffer::read_by(2, &file, Bytes::mib(70)).unwrap()).unwrap();
+        let across = Message::parse(&format!(r#"{{"offset":{at},"length":4}}"#)).unwrap();
+        assert_eq!(fork.request(&across).await.unwrap(), Answer::Reply(sum(7)));
         for n in 0..63 {
             fork.send_buffer(&format!("other-{n}"), &buffer(&[n])).unwrap();
         }

@@ -43,7 +43,10 @@ fn what_is_not_a_file_is_126_and_never_waited_for() {
         ("/dev/zero", "a special file"),
     ] {
         let error = format!("expected a file, but `{path}` is {found}");
-        all_refuse(&folder, path, 126, &error);
+        if path != "folder" {
+            // of which `inspect` says what would be served
+            all_refuse(&folder, path, 126, &error);
+        }
         folder.wrun(["run", "--precompiled", path]).run().code(126).error(&error);
     }
 }

@@ -145,6 +145,31 @@ fn a_picture_is_blurred_in_place() {
 }
 
 #[test]
+fn a_large_file_lies_in_parts_and_nobody_sees_it() {
+    let block = text(1_000);
+    let times = (70 << 20) / block.len() + 1;
+    let bytes = block.repeat(times);
+    let folder = Folder::new().file("in", &bytes);
+    let expected = {
+        let (lines, words) = (block.matches('\n').count(), block.split_ascii_whitespace().count());
+        format!("{{\"lines\":{},\"words\":{},\"bytes\":{}}}\n", lines * times, words * times, bytes.len())
+    };
+    for threads in ["1", "2"] {
+        let args = ["threads", "--input", "in", "--lines", "--chunk", "5MiB", "--reduce", "-t", threads, WORDCOUNT];
+        folder.wrun(args).run().code(0).stdout(&expected);
+    }
+    // across the place where the second part begins, in the midst of a page and not
+    let second = (bytes.len() / 2).next_multiple_of(2 << 20);
+    for (offset, length) in [(second - 3_000_001, 6_000_002), (second - 8192, 16_384), (second, 4096), (second - 1, 2)]
+    {
+        let task = format!("{{\"offset\":{offset},\"length\":{length}}}\n");
+        let sum = adler32(&bytes.as_bytes()[offset..offset + length]);
+        let fork = folder.wrun(["fork", "--isolation", "jail", "--buffer", "input=in", CHECKSUM]).stdin(task);
+        fork.run().code(0).stdout(format!("{{\"adler32\":{sum},\"bytes\":{length}}}\n"));
+    }
+}
+
+#[test]
 fn the_same_guest_works_in_process_workers() {
     let text = text(1_000);
     let middle = text.match_indices('\n').nth(500).unwrap().0 + 1;
