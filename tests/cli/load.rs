@@ -39,6 +39,9 @@ pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 /// After how long without an answer a request counts as hung.
 const HUNG: Duration = Duration::from_secs(10);
 
+/// For how many answers a client keeps a connection. One that kept it for ever would never come to a worker that was late.
+const KEPT_FOR: usize = 100;
+
 /// Who answered, as [`HELLO_HTTP`](guest_artifacts::HELLO_HTTP) says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 pub(crate) struct Who {
@@ -98,7 +101,7 @@ pub(crate) struct Failure {
 }
 
 impl Load {
-    /// So many clients, each on a connection that it keeps until the server wants it to end.
+    /// So many clients, each on a connection that it keeps for some time, if the server lets it.
     pub(crate) fn start(server: &Server, clients: usize) -> Self {
         Self::start_at(server, clients, "/")
     }
@@ -163,6 +166,7 @@ impl Shared {
     /// One client. It ends when nobody listens any more.
     fn ask(&self, client: usize, address: SocketAddr, path: &str) {
         let mut kept: Option<(Client, String)> = None;
+        let mut answers = 0;
         while !self.stop.load(Ordering::Relaxed) {
             let (mut connection, after) = match kept.take() {
                 Some((connection, answer)) => (connection, Some(answer)),
@@ -179,7 +183,8 @@ impl Shared {
             match response {
                 Ok(response) if response.status == 200 => {
                     *tally.answers.entry(response.text()).or_default() += 1;
-                    if response.header("connection") != Some("close") {
+                    answers += 1;
+                    if response.header("connection") != Some("close") && answers % KEPT_FOR != 0 {
                         kept = Some((connection, response.text()));
                     }
                 }
