@@ -24,14 +24,14 @@ pub(crate) use self::{
     trial::{Scene, Trial, Tried, attempt_aside, live_on},
     worker::{WorkerConfig, jail_of, with_windows},
 };
-use std::os::fd::OwnedFd;
+use std::{os::fd::OwnedFd, sync::Arc};
 
 use crate::{
     buffer::{Buffer, Named},
-    outcome::Stage,
+    outcome::{Outcome, Stage},
     process::{
         Jail, Role,
-        child::{self, Out},
+        child::{self, Out, Start, report_panics},
         wire::Kind,
     },
     sandbox::LoadError,
@@ -64,6 +64,19 @@ pub fn init() {
         Err(_) => 125,
     };
     std::process::exit(code);
+}
+
+/// Lets a child that reads from its socket do its work, and tells the primary how that ended; `run` answers nothing when the
+/// primary is gone. The exit code.
+fn tell_end(start: Start, run: impl FnOnce(Start, &Arc<Out>) -> Option<Outcome>) -> i32 {
+    let Ok(out) = start.socket.try_clone().map(Out::new) else { return 125 };
+    let out = Arc::new(out);
+    // lives as long as the process
+    report_panics(Box::leak(Box::new(out.clone())));
+    let Some(outcome) = run(start, &out) else { return 125 };
+    out.push(Kind::Ended, 0, &serde_json::to_vec(&outcome).expect("plain data has a JSON form"));
+    out.finish();
+    outcome.end.exit_code().into()
 }
 
 /// The buffers of these names, each with how many descriptors come next for it.

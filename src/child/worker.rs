@@ -25,7 +25,7 @@ use super::{
     mailbox,
     output::Lines,
     pulse::Pulse,
-    receive_buffers,
+    receive_buffers, tell_end,
 };
 use crate::{
     buffer::PARTS_MAX,
@@ -35,7 +35,7 @@ use crate::{
     outcome::{End, LimitKind, Outcome, Usage},
     process::{
         Bounds, Isolation, Jail, Page, Purpose,
-        child::{Out, Start, report_panics},
+        child::{Out, Start},
         wire::{Incoming, Kind},
     },
     sandbox::{
@@ -172,23 +172,10 @@ const PROMPT: Duration = Duration::from_micros(100);
 
 /// The child. Returns its exit code.
 pub(super) fn main(start: Start) -> i32 {
-    let Ok(out) = start.socket.try_clone().map(Out::new) else { return 125 };
-    let out = Arc::new(out);
-    // lives as long as the process
-    report_panics(Box::leak(Box::new(out.clone())));
-    let ended = |outcome: &Outcome| {
-        out.push(Kind::Ended, 0, &serde_json::to_vec(outcome).expect("plain data has a JSON form"));
-        out.finish();
-        i32::from(outcome.end.exit_code())
-    };
-    match Worker::new(start, out.clone()) {
-        Ok((worker, runtime, begin)) => match worker.run(runtime, begin) {
-            Ok(outcome) => ended(&outcome),
-            // the primary is gone
-            Err(_) => 125,
-        },
-        Err(error) => ended(&error.end().with(Usage::default())),
-    }
+    tell_end(start, |start, out| match Worker::new(start, out.clone()) {
+        Ok((worker, runtime, begin)) => worker.run(runtime, begin).ok(),
+        Err(error) => Some(error.end().with(Usage::default())),
+    })
 }
 
 /// One worker: a sandbox, and what goes around it.

@@ -131,9 +131,15 @@ fn a_guest_that_is_dropped_is_live_and_one_that_is_removed_is_gone() {
     apps.told("removed", "upload");
     assert_eq!(kind(&apps.get("/upload")), (404, "not-found".into()));
     assert_eq!(apps.get("/").json(), json!({"apps": []}));
+    // at the end of all, all are told of
+    apps.live("other", guest(HELLO_HTTP));
     apps.server.signal(Signal::TERM);
     let finished = apps.server.running.wait().code(0);
-    assert!(events(&finished).iter().all(|event| event["event"] != "error"), "{}", finished.stderr_text());
+    let events = events(&finished);
+    assert!(events.iter().all(|event| event["event"] != "error"), "{}", finished.stderr_text());
+    let exits: Vec<_> = events.iter().filter(|event| event["event"] == "exit").collect();
+    assert!(exits.iter().all(|exit| exit["outcome"]["voluntary"] == true), "{exits:?}");
+    assert!(exits.iter().any(|exit| exit["app"] == "other") && exits.iter().any(|exit| exit["part"] == "router"));
 }
 
 #[test]

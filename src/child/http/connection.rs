@@ -272,21 +272,13 @@ impl Io {
 
     fn poll_out(&self, cx: &mut Context<'_>, write: impl Fn(&Stream) -> io::Result<usize>) -> Poll<io::Result<usize>> {
         let writes = &self.connection.writes;
-        loop {
-            if self.stream.poll_write_ready(cx)?.is_pending() {
-                writes.set(writes.get().or_else(|| Some(Instant::now())));
-                return Poll::Pending;
-            }
-            match write(&self.stream) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                result => {
-                    if writes.take().is_some() {
-                        self.connection.since.set(Instant::now());
-                    }
-                    return Poll::Ready(result);
-                }
-            }
+        let written = self.stream.poll_out(cx, write);
+        if written.is_pending() {
+            writes.set(writes.get().or_else(|| Some(Instant::now())));
+        } else if writes.take().is_some() {
+            self.connection.since.set(Instant::now());
         }
+        written
     }
 }
 

@@ -265,21 +265,9 @@ impl Read for Pipe {
     }
 }
 
-impl Pipe {
-    fn poll_out(&self, cx: &mut Context<'_>, write: impl Fn(&Stream) -> io::Result<usize>) -> Poll<io::Result<usize>> {
-        loop {
-            ready!(self.stream.poll_write_ready(cx))?;
-            match write(&self.stream) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                result => return Poll::Ready(result),
-            }
-        }
-    }
-}
-
 impl Write for Pipe {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.poll_out(cx, |stream| stream.try_write(bytes))
+        self.stream.poll_out(cx, |stream| stream.try_write(bytes))
     }
 
     fn poll_write_vectored(
@@ -287,7 +275,7 @@ impl Write for Pipe {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.poll_out(cx, |stream| stream.try_write_vectored(slices))
+        self.stream.poll_out(cx, |stream| stream.try_write_vectored(slices))
     }
 
     fn is_write_vectored(&self) -> bool {

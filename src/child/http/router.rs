@@ -35,12 +35,12 @@ use super::{
     ticket::{Problem, check, finish},
 };
 use crate::{
-    child::{enter, pulse::Pulse},
+    child::{enter, pulse::Pulse, tell_end},
     limits::{Bytes, HttpLimits},
-    outcome::{End, Outcome, Usage},
+    outcome::{End, Usage},
     process::{
         Bounds, Isolation, Jail, Page, Purpose,
-        child::{Out, Start, receive_more, report_panics},
+        child::{Out, Start, receive_more},
         wire::{Incoming, Kind},
     },
     sandbox::{LoadError, cpu_ms},
@@ -102,31 +102,17 @@ pub(super) struct Router {
 
 /// The child. Returns its exit code.
 pub(in crate::child) fn main(start: Start) -> i32 {
-    let Ok(out) = start.socket.try_clone().map(Out::new) else { return 125 };
-    let out = Arc::new(out);
-    // lives as long as the process
-    report_panics(Box::leak(Box::new(out.clone())));
-    let ended = |outcome: &Outcome| {
-        out.push(Kind::Ended, 0, &serde_json::to_vec(outcome).expect("plain data has a JSON form"));
-        out.finish();
-        i32::from(outcome.end.exit_code())
-    };
-    let (socket, incoming, following) = (start.socket, start.incoming, start.following);
-    match Router::new(start.hello.config.get(), start.fds, out.clone()) {
+    tell_end(start, |start, out| match Router::new(start.hello.config.get(), start.fds, out.clone()) {
         Ok((router, runtime, listener)) => {
+            let (socket, incoming, following) = (start.socket, start.incoming, start.following);
             out.push(Kind::Ready, 0, b"");
             out.finish();
-            match runtime.block_on(router.serve(listener, socket, incoming, following)) {
-                Ok(()) => {
-                    let usage = Usage { cpu_ms: Some(cpu_ms()), ..Usage::default() };
-                    ended(&End::Exited { code: 0 }.with(usage))
-                }
-                // the primary is gone
-                Err(_) => 125,
-            }
+            runtime.block_on(router.serve(listener, socket, incoming, following)).ok()?;
+            let usage = Usage { cpu_ms: Some(cpu_ms()), ..Usage::default() };
+            Some(End::Exited { code: 0 }.with(usage))
         }
-        Err(error) => ended(&error.end().with(Usage::default())),
-    }
+        Err(error) => Some(error.end().with(Usage::default())),
+    })
 }
 
 impl Router {

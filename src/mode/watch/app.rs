@@ -9,7 +9,10 @@ use super::{
     Event,
     version::{Place, Version},
 };
-use crate::{child::Standing, outcome::millis};
+use crate::{
+    child::{At, Standing},
+    outcome::millis,
+};
 
 /// How long a version that went live can still be taken back.
 pub(super) const TRIAL: Duration = Duration::from_secs(30);
@@ -100,6 +103,13 @@ impl App {
     pub(super) fn version(&self) -> Option<&Arc<Version>> {
         let live = self.live.as_ref().map(|run| &run.version);
         live.or(self.next.as_ref().map(|next| &next.run.version)).or(self.asleep.as_ref())
+    }
+
+    /// Whether it is there, or would be when what it is to be is live.
+    pub(super) fn is_at(&self, at: &At) -> bool {
+        let live = self.live.as_ref().map(|run| &run.version);
+        let next = self.next.as_ref().map(|next| &next.run.version);
+        [live, next, self.asleep.as_ref()].into_iter().flatten().any(|version| version.at == *at)
     }
 
     /// Whether its files are there.

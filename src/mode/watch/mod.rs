@@ -286,7 +286,8 @@ pub fn inspect(folder: &Path) -> Result<Inspected, Error> {
     let found = version::names(&there).map(|name| {
         let found = Found { name: name.into(), version: None, at: None, refused: None };
         match Version::read(&folder, &there, name, &apps) {
-            Ok(version) => {
+            Ok(None) => Found { refused: Some("it is being changed".into()), ..found },
+            Ok(Some(version)) => {
                 let at = version.place_name();
                 let taken = places.contains(&at).then(|| format!("another app is at `{at}` already"));
                 let refused = version.would_not_run().or(taken);

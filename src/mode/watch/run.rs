@@ -372,6 +372,8 @@ impl<F: FnMut(Event)> Watched<F> {
             return self.act(name, acts);
         }
         let read = Version::read(&self.folder, &self.there, name, &self.builder.apps);
+        // one that changes comes to rest again
+        let Some(read) = read.transpose() else { return };
         let taken = read.as_ref().ok().and_then(|version| self.taken(name, &version.at));
         let serial = self.next_serial();
         let app = self.apps.entry(name.into()).or_insert_with(|| App::new(name, grace));
@@ -395,7 +397,7 @@ impl<F: FnMut(Event)> Watched<F> {
     /// The app that is where another one wants to be.
     fn taken(&self, name: &str, at: &At) -> Option<String> {
         let mut others = self.apps.iter().filter(|(other, _)| *other != name);
-        let (other, _) = others.find(|(_, app)| app.version().is_some_and(|version| version.at == *at))?;
+        let (other, _) = others.find(|(_, app)| app.is_at(at))?;
         Some(other.clone())
     }
 
@@ -632,6 +634,9 @@ impl<F: FnMut(Event)> Watched<F> {
 
     /// Lets all workers finish, now that nobody sends them any more. Whether some had to be killed.
     async fn end_all(&mut self, came: &mut mpsc::UnboundedReceiver<News>) -> bool {
+        for (_, event) in std::mem::take(&mut self.untold) {
+            (self.tell)(event);
+        }
         for run in self.runs.values() {
             let _ = run.orders.send(Order::Stop(Stop::Politely));
         }
@@ -647,7 +652,12 @@ impl<F: FnMut(Event)> Watched<F> {
         while !self.runs.is_empty() {
             match tokio::time::timeout_at(until.into(), came.recv()).await {
                 Ok(Some(News::Ended(serial, _))) => _ = self.runs.remove(&serial),
-                Ok(Some(_)) => {}
+                Ok(Some(News::Event(serial, event))) => {
+                    if let Some(Running { app, version, .. }) = self.runs.get(&serial) {
+                        (self.tell)(Event::Worker { app: app.clone(), version: version.clone(), event });
+                    }
+                }
+                Ok(Some(News::Router(event))) => (self.tell)(Event::Router { part: "router", event }),
                 Ok(None) | Err(_) => return true,
             }
         }

@@ -102,6 +102,8 @@ impl Settle {
         self.files.retain(|name, seen| {
             if seen.is_pending() && seen.due() <= now {
                 seen.told = seen.stamp;
+                // who writes to it next is not known yet
+                seen.heard = None;
                 settled.push(name.clone());
             }
             // one that is gone and was told of is nothing any more
@@ -188,6 +190,9 @@ mod tests {
         clock.hear(9_001, Heard::Closed);
         clock.look(9_001, Some(50));
         assert_eq!((clock.settled(9_050), clock.settled(9_051), clock.settled(99_000)), (0, 1, 0));
+        // that it was closed says nothing of what comes after
+        clock.look(100_000, Some(51));
+        assert_eq!((clock.settled(100_499), clock.settled(100_500)), (0, 1));
     }
 
     #[test]

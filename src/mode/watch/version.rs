@@ -48,11 +48,16 @@ pub(super) struct Version {
 }
 
 impl Version {
-    /// Reads an app's files.
+    /// Reads an app's files. None: they change while they are read.
     ///
     /// # Errors
     /// Why they are none that could be run.
-    pub(super) fn read(folder: &Folder, there: &There, app: &str, apps: &cluster::Builder) -> Result<Self, String> {
+    pub(super) fn read(
+        folder: &Folder,
+        there: &There,
+        app: &str,
+        apps: &cluster::Builder,
+    ) -> Result<Option<Self>, String> {
         let wasm =
             [format!("{app}.wasm"), format!("{app}.wat")].into_iter().find(|file| there.files.contains_key(file));
         let file = wasm.ok_or_else(|| format!("there is no `{app}.wasm` and no `{app}.wat` for its settings"))?;
@@ -60,8 +65,9 @@ impl Version {
         let text = if there.files.contains_key(&toml) {
             read_text(folder, &toml).map_err(|error| format!("`{toml}`: {error}"))?
         } else {
-            String::new()
+            Some(String::new())
         };
+        let Some(text) = text else { return Ok(None) };
         let in_settings = |flaw: Flaw| format!("`{toml}`: {flaw}");
         let settings = Settings::read(&text).map_err(in_settings)?;
         let at = settings.at(app).map_err(in_settings)?;
@@ -71,12 +77,12 @@ impl Version {
             let again = opened.try_clone().map_err(|error| error.to_string())?;
             Guest::read_file(again, Path::new(&file)).map_err(|error| error.to_string())
         });
-        let guest = Arc::new(guest?);
+        let Some(guest) = guest?.map(Arc::new) else { return Ok(None) };
         let hash = guest.digest_with(text.as_bytes());
         let first = hash.first_chunk().map_or(0, |first| u64::from_be_bytes(*first));
         let id = format!("{:012x}", first >> 16);
         let pool = pool.with_guest(guest.clone());
-        Ok(Self { id, guest, settings, at, pool })
+        Ok(Some(Self { id, guest, settings, at, pool }))
     }
 
     #[cfg(test)]
@@ -137,7 +143,7 @@ pub(super) fn shadowed(there: &There) -> impl Iterator<Item = (String, &'static 
     shadowed.map(|(file, _)| (file.clone(), "there is a `.wasm` of the same name"))
 }
 
-fn read_text(folder: &Folder, name: &str) -> Result<String, String> {
+fn read_text(folder: &Folder, name: &str) -> Result<Option<String>, String> {
     let mut file = folder.read(name).map_err(|error| error.to_string())?;
     stable(&mut file, |file| {
         let mut text = String::new();
@@ -149,16 +155,14 @@ fn read_text(folder: &Folder, name: &str) -> Result<String, String> {
     })
 }
 
-/// What was read of a file that did not change meanwhile.
-fn stable<T>(file: &mut File, read: impl FnOnce(&mut File) -> Result<T, String>) -> Result<T, String> {
+/// What was read of a file, unless that changed meanwhile.
+fn stable<T>(file: &mut File, read: impl FnOnce(&mut File) -> Result<T, String>) -> Result<Option<T>, String> {
     let state = |file: &File| -> io::Result<_> {
         let metadata = file.metadata()?;
         Ok((metadata.len(), metadata.mtime(), metadata.mtime_nsec()))
     };
     let before = state(file).map_err(|error| error.to_string())?;
-    let read = read(file)?;
-    if state(file).map_err(|error| error.to_string())? != before {
-        return Err("it changed while it was read".into());
-    }
-    Ok(read)
+    let read = read(file);
+    let after = state(file).map_err(|error| error.to_string())?;
+    if after == before { read.map(Some) } else { Ok(None) }
 }
