@@ -55,6 +55,9 @@ pub(crate) enum Trial {
     UdpBeside,
     FastOpen,
     OtherStream,
+    /// These in a router's place.
+    ConnectAsRouter,
+    NamedAsRouter,
     SignalParent,
     Ptrace,
     ReadParent,
@@ -98,6 +101,11 @@ impl Trial {
     pub(crate) fn has_port(self) -> bool {
         use Trial::{BindBeside, ConnectElsewhere, ConnectGranted, FastOpen, OtherStream, UdpBeside};
         matches!(self, ConnectGranted | ConnectElsewhere | BindBeside | UdpBeside | FastOpen | OtherStream)
+    }
+
+    /// Whether it is tried in a router's place.
+    pub(crate) fn is_of_router(self) -> bool {
+        matches!(self, Self::ConnectAsRouter | Self::NamedAsRouter)
     }
 }
 
@@ -231,7 +239,7 @@ fn attempt(trial: Trial, scene: &Scene, jail: &Jail) -> io::Result<()> {
         Trial::FollowLink => File::open(inside("link")).map(drop),
         Trial::RenameOut => fs::rename(inside("file"), outside.join("moved")),
         Trial::LinkIn => fs::hard_link(outside.join("file"), inside("linked")),
-        Trial::Connect | Trial::ConnectGranted => TcpStream::connect(scene.port).map(drop),
+        Trial::Connect | Trial::ConnectGranted | Trial::ConnectAsRouter => TcpStream::connect(scene.port).map(drop),
         Trial::ConnectElsewhere => TcpStream::connect(scene.elsewhere).map(drop),
         // a connection that is made by what is sent over it
         Trial::FastOpen => {
@@ -242,6 +250,7 @@ fn attempt(trial: Trial, scene: &Scene, jail: &Jail) -> io::Result<()> {
         Trial::OtherStream => stream_of(Some(rustix::net::ipproto::MPTCP)).map(drop),
         Trial::Bind | Trial::BindBeside => TcpListener::bind((scene.port.ip(), 0)).map(drop),
         Trial::Abstract => UnixStream::connect_addr(&UnixAddr::from_abstract_name(scene.name.as_bytes())?).map(drop),
+        Trial::NamedAsRouter => UnixStream::connect(outside.join("socket")).map(drop),
         Trial::Udp | Trial::UdpBeside => UdpSocket::bind((scene.port.ip(), 0)).map(drop),
         Trial::FileSize => {
             let mut file = File::create(inside("large"))?;

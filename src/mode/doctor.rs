@@ -104,6 +104,8 @@ const TRIALS: &[(Trial, &str, &[Guard])] = &[
     (Trial::UdpBeside, "open a UDP socket when a port is granted", &[Seccomp]),
     (Trial::FastOpen, "connect to another port by sending to it", &[Seccomp]),
     (Trial::OtherStream, "open a stream by a protocol beside TCP", &[Seccomp]),
+    (Trial::ConnectAsRouter, "connect to a port, as a router", &[Landlock, Seccomp]),
+    (Trial::NamedAsRouter, "connect to a named socket, as a router", &[Seccomp]),
     (Trial::Abstract, "connect to an abstract socket", &[Landlock, Seccomp]),
     (Trial::Udp, "open a UDP socket", &[Seccomp]),
     (Trial::SignalParent, "send its parent a signal", &[Landlock, Seccomp]),
@@ -203,6 +205,9 @@ async fn check(
     let mut jail = stage.jail(&walls(wall));
     if trial.has_port() {
         jail.ports = vec![stage.scene.port.port()];
+    }
+    if trial.is_of_router() {
+        jail.purpose = Purpose::Router;
     }
     if guard == Seccomp {
         // without a folder nothing is opened at all
@@ -337,7 +342,7 @@ struct Stage {
     root: PathBuf,
     scene: Scene,
     _ports: [TcpListener; 2],
-    _socket: UnixListener,
+    sockets: Vec<UnixListener>,
 }
 
 impl Stage {
@@ -357,11 +362,12 @@ impl Stage {
             name: unique,
             parent: rustix::process::getpid().as_raw_pid(),
         };
-        let stage = Self { root, scene, _ports: [port, elsewhere], _socket: socket };
+        let mut stage = Self { root, scene, _ports: [port, elsewhere], sockets: vec![socket] };
         for folder in ["inside", "outside"] {
             fs::create_dir(stage.root.join(folder))?;
             fs::File::create(stage.root.join(folder).join("file"))?.write_all(b"file\n")?;
         }
+        stage.sockets.push(UnixListener::bind(stage.root.join("outside/socket"))?);
         symlink("../outside/file", stage.scene.inside.join("link"))?;
         Ok(stage)
     }
