@@ -33,6 +33,15 @@ impl Flaw {
         Self { message: message.into(), line: None, column: 0, text: String::new(), width: 0 }
     }
 
+    /// What is wrong with the value of a key of a text that could be read.
+    pub(crate) fn of_key(text: &str, key: &str, message: impl Into<String>) -> Self {
+        let value = toml::de::DeTable::parse(text).ok().and_then(|table| Some(table.get_ref().get(key)?.span()));
+        match value {
+            Some(range) => Self::at(text, range, message.into()),
+            None => Self::of_all(message),
+        }
+    }
+
     /// What is wrong with a range of a text.
     fn at(text: &str, range: std::ops::Range<usize>, message: String) -> Self {
         // the end of a text may lie behind it

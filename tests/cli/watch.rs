@@ -815,6 +815,31 @@ fn many_files_may_come_at_once() {
 }
 
 #[test]
+fn more_apps_than_there_are_descriptors_for_are_refused_and_the_others_go_on() {
+    const MANY: usize = 20;
+    let apps = Apps::with(|wrun| wrun.open_files(110));
+    for number in 0..MANY {
+        apps.put(&format!("app{number}.wasm"), guest(ECHO));
+    }
+    let states = || {
+        let list = apps.get("/").json();
+        let apps = list["apps"].as_array().unwrap().iter();
+        apps.map(|app| (app["name"].as_str().unwrap().to_owned(), app["state"] == "live", app.clone()))
+            .collect::<Vec<_>>()
+    };
+    let is_settled = |(_, is_live, app): &(String, bool, Value)| *is_live || app["error"].is_string();
+    eventually("each is live or was refused", || states().len() == MANY && states().iter().all(is_settled));
+    let states = states();
+    let live = states.iter().filter(|(_, is_live, _)| *is_live).count();
+    assert!(0 < live && live < MANY, "{live} of {MANY}");
+    for (name, is_live, app) in states {
+        let answer = apps.server.post(&format!("/{name}"), "1");
+        assert_eq!(answer.status, if is_live { 200 } else { 503 }, "{app}");
+        assert!(is_live || app["error"].as_str().unwrap().contains("open files"), "{app}");
+    }
+}
+
+#[test]
 fn replacing_costs_nothing_that_stays() {
     // more for those who have the time
     let times = std::env::var("REPLACEMENTS").map_or(40, |times| times.parse().unwrap());

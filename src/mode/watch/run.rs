@@ -476,7 +476,16 @@ impl<F: FnMut(Event)> Watched<F> {
         run.since_ms.get_or_insert_with(|| millis(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()));
         match run.channel.try_clone() {
             Ok(channel) => self.router.send_with(ROUTER, Kind::Route, serial, &route, channel),
-            Err(error) => self.tell(Event::Error { message: format!("could not route to `{name}`: {error}") }),
+            Err(error) => {
+                // nobody would come to it
+                if let Some(run) = self.runs.remove(&serial) {
+                    run.task.abort();
+                }
+                let (reason, other) = (format!("the router could not be told of it: {error}"), self.next_serial());
+                let app = self.apps.get_mut(name);
+                let acts = app.map(|app| app.ended(serial, Some(reason), other, Instant::now())).unwrap_or_default();
+                self.act(name, acts);
+            }
         }
     }
 

@@ -99,21 +99,30 @@ impl Settings {
     pub(super) fn read(text: &str) -> Result<Self, Flaw> {
         let settings: Self = read(text)?;
         if let Some(workers) = settings.workers.filter(|workers| !(1..=1024).contains(workers)) {
-            return Err(Flaw::of_all(format!("expected 1 to 1024 `workers`, found {workers}")));
+            return Err(Flaw::of_key(text, "workers", format!("expected 1 to 1024 `workers`, found {workers}")));
         }
         let is_command = settings.mode == Mode::Command;
-        let of_commands = settings.stdout_max.is_some() || settings.content_type.is_some() || !settings.args.is_empty();
-        if of_commands && !is_command {
-            return Err(Flaw::of_all("`args`, `stdout-max` and `content-type` are for `mode = \"command\"`"));
+        let of_commands = [
+            ("args", !settings.args.is_empty()),
+            ("stdout-max", settings.stdout_max.is_some()),
+            ("content-type", settings.content_type.is_some()),
+        ];
+        if let Some((key, _)) = of_commands.into_iter().find(|(_, is_given)| *is_given && !is_command) {
+            return Err(Flaw::of_key(text, key, format!("`{key}` is for `mode = \"command\"`")));
         }
         if is_command && (settings.instance.is_some() || settings.reuse.is_some()) {
-            return Err(Flaw::of_all("a command has one run for each request: expected no `instance` and no `reuse`"));
+            let key = if settings.instance.is_some() { "instance" } else { "reuse" };
+            return Err(Flaw::of_key(
+                text,
+                key,
+                format!("a command has one run for each request: expected no `{key}`"),
+            ));
         }
         if settings.content_type.as_ref().is_some_and(|kind| !kind.bytes().all(|byte| (b' '..0x7f).contains(&byte))) {
-            return Err(Flaw::of_all("expected a `content-type` such as `application/json`"));
+            return Err(Flaw::of_key(text, "content-type", "expected a `content-type` such as `application/json`"));
         }
         if settings.route.is_some() && settings.host.is_some() {
-            return Err(Flaw::of_all("expected a `route` or a `host`, found both"));
+            return Err(Flaw::of_key(text, "host", "expected a `route` or a `host`, found both"));
         }
         Ok(settings)
     }
@@ -123,15 +132,16 @@ impl Settings {
         self.mode == Mode::Command
     }
 
-    /// Where the app of this name is.
+    /// Where the app of this name is, whose settings this text has.
     ///
     /// # Errors
     /// What was expected.
-    pub(super) fn at(&self, name: &str) -> Result<At, Flaw> {
+    pub(super) fn at(&self, name: &str, text: &str) -> Result<At, Flaw> {
         if let Some(host) = &self.host {
             let is_host = |c: char| c.is_ascii_alphanumeric() || "-.:[]".contains(c);
             if host.is_empty() || host.len() > ROUTE_MAX || !host.chars().all(is_host) {
-                return Err(Flaw::of_all(format!("expected a `host` such as `shop.example`, found `{host}`")));
+                let message = format!("expected a `host` such as `shop.example`, found `{host}`");
+                return Err(Flaw::of_key(text, "host", message));
             }
             return Ok(At::Host(host.to_ascii_lowercase()));
         }
@@ -140,16 +150,16 @@ impl Settings {
         let is_path = route.starts_with('/') && (route == "/" || !route.ends_with('/')) && !route.contains("//");
         if !is_path || route.len() > ROUTE_MAX || !route.chars().all(is_plain) {
             let expected = format!("a `route` such as `/` or `/shop/api`, of at most {ROUTE_MAX} letters");
-            return Err(Flaw::of_all(format!("expected {expected}, found `{route}`")));
+            return Err(Flaw::of_key(text, "route", format!("expected {expected}, found `{route}`")));
         }
         Ok(At::Path(route.clone()))
     }
 
-    /// What is as they say in a pool that was made otherwise; folders are meant from `folder` on.
+    /// What is as they, or this text of them, say in a pool that was made otherwise; folders are meant from `folder` on.
     ///
     /// # Errors
     /// What was expected.
-    pub(super) fn apply(&self, mut builder: Builder, folder: &Path) -> Result<Builder, Flaw> {
+    pub(super) fn apply(&self, text: &str, mut builder: Builder, folder: &Path) -> Result<Builder, Flaw> {
         let mut limits = builder.current_limits().clone();
         if let Some(timeout) = self.timeout {
             limits.timeout = Some(timeout).filter(|timeout| !timeout.is_zero());
@@ -161,10 +171,12 @@ impl Settings {
         limits.fuel = self.fuel.or(limits.fuel);
         limits.open_files = self.open_files.unwrap_or(limits.open_files);
         if !(Bytes::kib(16)..=Bytes::mib(256)).contains(&limits.stack) {
-            return Err(Flaw::of_all(format!("expected 16KiB to 256MiB for the `stack`, found {}", limits.stack)));
+            let message = format!("expected 16KiB to 256MiB for the `stack`, found {}", limits.stack);
+            return Err(Flaw::of_key(text, "stack", message));
         }
         let message = |data: &toml::Value| {
-            Message::of(data).map_err(|error| Flaw::of_all(format!("expected `data` that is JSON, but {error}")))
+            Message::of(data)
+                .map_err(|error| Flaw::of_key(text, "data", format!("expected `data` that is JSON, but {error}")))
         };
         if let Some(data) = self.data.as_ref().map(message).transpose()? {
             builder = builder.data(data);
@@ -220,7 +232,7 @@ mod tests {
 
     #[test]
     fn an_app_is_where_its_settings_say() {
-        let at = |text: &str| Settings::read(text).and_then(|settings| settings.at("shop"));
+        let at = |text: &str| Settings::read(text).and_then(|settings| settings.at("shop", text));
         assert_eq!(at(""), Ok(At::Path("/shop".into())));
         assert_eq!(at("route = '/'"), Ok(At::Path("/".into())));
         assert_eq!(at("route = '/a/b'"), Ok(At::Path("/a/b".into())));
@@ -245,7 +257,13 @@ mod tests {
         let unknown = flaw("workers = 2\ntimeuot = '1s'\n");
         assert!(unknown.starts_with("line 2, column 1: unknown field `timeuot`"), "{unknown}");
         assert!(unknown.contains("did you mean `timeout`?") && unknown.ends_with("^^^^^^^"), "{unknown}");
-        assert!(flaw("workers = 0").contains("expected 1 to 1024 `workers`, found 0"));
+        let workers = flaw("lazy = true\nworkers = 0\n");
+        assert!(workers.starts_with("line 2, column 11: expected 1 to 1024 `workers`, found 0\n"), "{workers}");
+        assert!(flaw("args = ['a']").starts_with("line 1, column 8: `args` is for `mode = \"command\"`"));
+        assert!(flaw("mode = 'command'\nreuse = 3").starts_with("line 2, column 9: a command has one run"));
+        let text = "memory = '1MiB'\nroute = 'x'";
+        let route = Settings::read(text).and_then(|settings| settings.at("shop", text)).expect_err("a flaw");
+        assert!(route.to_string().starts_with("line 2, column 9: expected a `route` such as"), "{route}");
         assert!(flaw("instance = 'tsak'").contains("did you mean `task`?"));
         assert!(flaw("timeout = 5").contains("line 1, column 11"));
         assert!(flaw("dir = ['::']").contains("expected `HOST[::GUEST][:ro]`"));

@@ -70,8 +70,8 @@ impl Version {
         let Some(text) = text else { return Ok(None) };
         let in_settings = |flaw: Flaw| format!("`{toml}`: {flaw}");
         let settings = Settings::read(&text).map_err(in_settings)?;
-        let at = settings.at(app).map_err(in_settings)?;
-        let pool = settings.apply(apps.clone(), &folder.path).map_err(in_settings)?;
+        let at = settings.at(app, &text).map_err(in_settings)?;
+        let pool = settings.apply(&text, apps.clone(), &folder.path).map_err(in_settings)?;
         let mut opened = folder.read(&file).map_err(|error| format!("`{file}`: {error}"))?;
         let guest = stable(&mut opened, |opened| {
             let again = opened.try_clone().map_err(|error| error.to_string())?;
