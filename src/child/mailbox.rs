@@ -4,6 +4,7 @@
 use std::{
     collections::VecDeque,
     future::Future,
+    io,
     os::{fd::OwnedFd, unix::net::UnixStream},
     pin::Pin,
     sync::{
@@ -242,13 +243,14 @@ impl Inbox {
                 Ok(Some(frame)) if frame.kind == Kind::Drain => self.closed = true,
                 Ok(Some(frame)) if frame.kind == Kind::Buffer => {
                     let name = String::from_utf8_lossy(frame.body);
-                    let Some(part) = self.fds.pop_front() else { continue };
-                    self.parts.push(part);
-                    // others of it are to come
-                    if frame.id > 1 {
+                    let part = self.fds.pop_front().ok_or_else(|| io::Error::other("no descriptor came with it"));
+                    let part = part.map(|part| self.parts.push(part));
+                    if part.is_ok() && frame.id > 1 {
+                        // others of it are to come
                         continue;
                     }
-                    match Buffer::received(std::mem::take(&mut self.parts)) {
+                    let parts = std::mem::take(&mut self.parts);
+                    match part.and_then(|()| Buffer::received(parts)) {
                         Ok(buffer) => self.buffers.add(&name, buffer),
                         Err(error) => {
                             let text = format!("the buffer `{name}` did not come: {error}");

@@ -6,6 +6,7 @@
 #![expect(clippy::unwrap_used, reason = "what panics in a test has failed it, in its helpers too")]
 #![expect(clippy::format_collect, reason = "inputs are put together where they are read")]
 
+mod apps;
 mod bombs;
 mod caps;
 mod client;
@@ -35,6 +36,9 @@ mod supervision;
 mod threads;
 mod tidy;
 mod watch;
+mod watch_router;
+mod watch_settings;
+mod watch_versions;
 mod windows;
 mod workers;
 mod wrun;

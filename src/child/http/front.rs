@@ -15,11 +15,12 @@ use hyper::{
     header::{HeaderValue, REFERER, USER_AGENT},
 };
 use ipnet::IpNet;
-use tokio::sync::Notify;
+use tokio::{sync::Notify, task::JoinHandle};
 
 use super::{
+    accept::{self, Listener},
     client::{Client, REQUEST_ID},
-    connection::Connection,
+    connection::{self, Connection},
     reply::Reply,
     ticket::Ticket,
 };
@@ -223,8 +224,49 @@ impl Front {
     }
 }
 
+/// Lets connections in, and sees the last of them out.
+pub(super) struct Door<S> {
+    server: Rc<S>,
+    listener: Option<Listener>,
+    accepting: Option<JoinHandle<()>>,
+    draining: Option<JoinHandle<()>>,
+}
+
+impl<S: Serve> Door<S> {
+    /// One that is closed yet.
+    pub(super) fn new(server: Rc<S>, listener: Listener) -> Self {
+        Self { server, listener: Some(listener), accepting: None, draining: None }
+    }
+
+    /// Lets connections in, unless it has been opened or closed before.
+    pub(super) fn open(&mut self) {
+        if let Some(listener) = self.listener.take() {
+            self.accepting = Some(tokio::task::spawn_local(accept::run(self.server.clone(), listener)));
+            tokio::task::spawn_local(connection::watch(self.server.front().clone()));
+        }
+    }
+
+    /// Lets nobody in any more. Connections without a request may bring one for so long; a second call may be more
+    /// impatient.
+    pub(super) fn close(&mut self, linger: Duration) {
+        self.accepting.take().inspect(JoinHandle::abort);
+        drop(self.listener.take());
+        self.draining.take().inspect(JoinHandle::abort);
+        self.draining = Some(tokio::task::spawn_local(drain(self.server.clone(), linger)));
+    }
+
+    /// Waits until it is closed and all who were in are out. Cancel-safe.
+    pub(super) async fn closed(&mut self) {
+        match &mut self.draining {
+            // it has no result but its end
+            Some(draining) => drop(draining.await),
+            None => std::future::pending().await,
+        }
+    }
+}
+
 /// Waits until all connections are gone and nothing is at work. Those without a request may bring one for so long.
-pub(super) async fn drain(server: Rc<impl Serve>, linger: Duration) {
+async fn drain(server: Rc<impl Serve>, linger: Duration) {
     let front = server.front();
     front.draining.set(true);
     if let Some(Seat { board, id, generation }) = &front.seat {

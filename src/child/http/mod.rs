@@ -47,7 +47,7 @@ use tokio::{io::AsyncReadExt, net::UnixStream};
 
 use self::{
     accept::Listener,
-    front::{Front, Line, Seat},
+    front::{Door, Front, Line, Seat},
     gate::Gate,
     request::probe,
 };
@@ -150,26 +150,12 @@ pub(super) async fn serve(
 
     socket.set_nonblocking(true)?;
     let mut socket = UnixStream::from_std(socket)?;
-    let mut listener = Some(listener);
-    let mut accepting = None;
-    let mut drain: Option<tokio::task::JoinHandle<()>> = None;
+    let mut door = Door::new(server.clone(), listener);
     loop {
         while let Ok(Some(frame)) = incoming.next() {
             match frame.kind {
-                Kind::Open => {
-                    if let Some(listener) = listener.take() {
-                        accepting = Some(tokio::task::spawn_local(accept::run(server.clone(), listener)));
-                        tokio::task::spawn_local(connection::watch(server.front.clone()));
-                    }
-                }
-                Kind::Drain => {
-                    accepting.take().inspect(tokio::task::JoinHandle::abort);
-                    drop(listener.take());
-                    // a second one may be more impatient
-                    drain.take().inspect(tokio::task::JoinHandle::abort);
-                    let linger = Duration::from_millis(frame.id);
-                    drain = Some(tokio::task::spawn_local(front::drain(server.clone(), linger)));
-                }
+                Kind::Open => door.open(),
+                Kind::Drain => door.close(Duration::from_millis(frame.id)),
                 _ => {}
             }
         }
@@ -180,8 +166,7 @@ pub(super) async fn serve(
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
             }
-            // a drain has no result but its end
-            _ = async { drain.as_mut().expect("looked at").await }, if drain.is_some() => {
+            () = door.closed() => {
                 server.front.flush();
                 return Ok(server.worker.drained());
             }

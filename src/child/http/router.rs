@@ -25,10 +25,10 @@ use tokio::{
 };
 
 use super::{
-    accept::{self, Listener},
-    connection::{self, Connection},
+    accept::Listener,
+    connection::Connection,
     forward,
-    front::{self, Front, Line, Serve},
+    front::{Door, Front, Line, Serve},
     index,
     reply::Reply,
     table::{Route, Table, Target},
@@ -97,7 +97,7 @@ pub(crate) fn jail_of_router(isolation: Isolation, http: &HttpLimits) -> Jail {
 /// The router.
 pub(super) struct Router {
     front: Rc<Front>,
-    pub(super) table: Table,
+    table: Table,
 }
 
 /// The child. Returns its exit code.
@@ -149,19 +149,11 @@ impl Router {
         socket.set_nonblocking(true)?;
         let socket = UnixStream::from_std(socket)?;
         let mut received = vec![0; 64 << 10];
-        let mut listener = Some(listener);
-        let mut accepting = None;
-        let mut drain: Option<tokio::task::JoinHandle<()>> = None;
+        let mut door = Door::new(self.clone(), listener);
         loop {
             while let Ok(Some(frame)) = incoming.next() {
                 match frame.kind {
-                    Kind::Drain => {
-                        accepting.take().inspect(tokio::task::JoinHandle::abort);
-                        drop(listener.take());
-                        drain.take().inspect(tokio::task::JoinHandle::abort);
-                        let linger = Duration::from_millis(frame.id);
-                        drain = Some(tokio::task::spawn_local(front::drain(self.clone(), linger)));
-                    }
+                    Kind::Drain => door.close(Duration::from_millis(frame.id)),
                     Kind::Route => {
                         let route: Route = serde_json::from_slice(frame.body)?;
                         let number = route.number;
@@ -184,10 +176,7 @@ impl Router {
                         self.table.set_index(serde_json::from_slice(frame.body)?);
                         self.front.say(Kind::Routed, frame.id, b"");
                         // what comes first is the table: whoever came before it would find nothing
-                        if let Some(listener) = listener.take() {
-                            accepting = Some(tokio::task::spawn_local(accept::run(self.clone(), listener)));
-                            tokio::task::spawn_local(connection::watch(self.front.clone()));
-                        }
+                        door.open();
                     }
                     _ => {}
                 }
@@ -207,8 +196,7 @@ impl Router {
                         Err(error) => return Err(error),
                     }
                 }
-                // a drain has no result but its end
-                _ = async { drain.as_mut().expect("looked at").await }, if drain.is_some() => {
+                () = door.closed() => {
                     self.front.flush();
                     return Ok(());
                 }

@@ -30,7 +30,7 @@ const CLIENT_LEFT: u16 = 499;
 
 /// Something to be answered instead of a guest.
 pub(super) struct Problem {
-    pub(super) status: StatusCode,
+    status: StatusCode,
     kind: &'static str,
     message: String,
     /// Whether what the client still sends is not read.

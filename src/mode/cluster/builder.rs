@@ -616,8 +616,11 @@ impl Builder {
         }))
     }
 
-    /// Sees that a guest can do what the pool is for.
-    fn check_guest(&self, inspection: &Inspection, is_port: bool) -> Result<(), Error> {
+    /// Sees that a guest can do what the pool is for: answer requests, or tasks.
+    ///
+    /// # Errors
+    /// Says what does not fit.
+    pub(in crate::mode) fn check_guest(&self, inspection: &Inspection, is_port: bool) -> Result<(), Error> {
         let (found, form) = (inspection.shape, inspection.form);
         let fits = match found {
             _ if self.command.is_some() => found == Some(Shape::Command) && !inspection.has_threads(),
@@ -643,6 +646,14 @@ impl Builder {
             return Err(Error::Usage(format!("a {shape} has no path that could be probed")));
         }
         Ok(())
+    }
+
+    /// Sees that what is granted is there.
+    ///
+    /// # Errors
+    /// Names the grant that is not.
+    pub(in crate::mode) fn check_grants(&self) -> Result<(), Error> {
+        Ok(self.grants.check().map_err(LoadError::from)?)
     }
 
     fn check(&self) -> Result<(), Error> {
@@ -683,6 +694,6 @@ impl Builder {
         if self.probe.as_ref().is_some_and(|path| !path.starts_with('/')) {
             return usage("expected a path that starts with `/` for the probe");
         }
-        Ok(self.grants.check().map_err(LoadError::from)?)
+        self.check_grants()
     }
 }

@@ -89,13 +89,23 @@ impl App {
 
     /// How it stands, in a word.
     pub(super) fn state(&self) -> &'static str {
+        match self.standing() {
+            Standing::Live => "live",
+            Standing::Starting => "starting",
+            Standing::Asleep => "asleep",
+            Standing::Down if self.disabled => "disabled",
+            Standing::Down if !self.marked.is_empty() => "failed",
+            Standing::Down => "refused",
+        }
+    }
+
+    /// What is to become of requests for it.
+    pub(super) fn standing(&self) -> Standing {
         match self {
-            Self { live: Some(_), .. } => "live",
-            Self { next: Some(_), .. } => "starting",
-            Self { asleep: Some(_), .. } => "asleep",
-            Self { disabled: true, .. } => "disabled",
-            Self { marked, .. } if !marked.is_empty() => "failed",
-            _ => "refused",
+            Self { live: Some(_), .. } => Standing::Live,
+            Self { next: Some(_), .. } => Standing::Starting,
+            Self { asleep: Some(_), .. } => Standing::Asleep,
+            _ => Standing::Down,
         }
     }
 

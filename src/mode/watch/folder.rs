@@ -15,7 +15,7 @@ use std::{
 
 use notify::{
     EventKind, RecommendedWatcher, RecursiveMode, Watcher,
-    event::{AccessKind, AccessMode, CreateKind, ModifyKind, RenameMode},
+    event::{AccessKind, AccessMode, ModifyKind, RenameMode},
 };
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat};
 use tokio::sync::Notify;
@@ -23,7 +23,7 @@ use tokio::sync::Notify;
 use super::settle::{Heard, Stamp};
 
 /// The endings of the files that make an app.
-const ENDINGS: [&str; 3] = ["wasm", "wat", "toml"];
+pub(super) const ENDINGS: [&str; 3] = ["wasm", "wat", "toml"];
 
 /// Endings of files that are yet to become others.
 const TEMPORARY: [&str; 9] = ["tmp", "temp", "part", "partial", "swp", "swx", "bak", "new", "crdownload"];
@@ -38,6 +38,13 @@ pub(super) struct There {
     pub(super) files: BTreeMap<String, Stamp>,
     /// What is not looked at, with why.
     pub(super) ignored: BTreeMap<String, String>,
+}
+
+impl There {
+    /// Whether there is a file of an app.
+    pub(super) fn has(&self, app: &str) -> bool {
+        ENDINGS.iter().any(|ending| self.files.contains_key(&format!("{app}.{ending}")))
+    }
 }
 
 /// A folder.
@@ -190,20 +197,14 @@ impl Ear {
         match event {
             Ok(event) if !event.need_rescan() => {
                 let heard = match event.kind {
-                    EventKind::Modify(ModifyKind::Data(_)) | EventKind::Create(CreateKind::File) => {
-                        Some(Heard::Written)
-                    }
+                    EventKind::Modify(ModifyKind::Data(_)) => Some(Heard::Written),
                     EventKind::Access(AccessKind::Close(AccessMode::Write))
                     | EventKind::Modify(ModifyKind::Name(RenameMode::To)) => Some(Heard::Closed),
+                    // one that is made and not written to may be a link: that it is there is no sign of a writer
                     _ => None,
                 };
                 let names = event.paths.iter().filter_map(|path| path.file_name()?.to_str());
-                for (name, heard) in names.filter_map(|name| Some((name, heard?))) {
-                    // one that is made and not written to may be a link: that it is there is no sign of a writer
-                    if event.kind != EventKind::Create(CreateKind::File) {
-                        news.heard.insert(name.into(), heard);
-                    }
-                }
+                news.heard.extend(names.filter_map(|name| Some((name.into(), heard?))));
                 if news.heard.len() > HEARD_MAX {
                     news.heard.clear();
                     news.lost = true;

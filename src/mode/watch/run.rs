@@ -23,7 +23,7 @@ use tokio::{
 use super::{
     Builder, Event,
     app::{Act, App},
-    folder::{Ears, Folder, There, age, app_of, is_meant},
+    folder::{ENDINGS, Ears, Folder, There, age, app_of, is_meant},
     router::{Told, router, told_by},
     settle::Settle,
     version::{Place, Version, names, shadowed},
@@ -129,6 +129,8 @@ struct Watched<F> {
     news: mpsc::UnboundedSender<News>,
     /// What was told of files that are not used.
     ignored: BTreeMap<String, String>,
+    /// Why the folder could not be read last.
+    trouble: Option<String>,
     tell: F,
 }
 
@@ -151,26 +153,7 @@ async fn watch<F: FnMut(Event)>(builder: Builder, tell: F) -> Result<End, Error>
     // nobody hears it any more when all is over
     let sink = Box::new(move |event| _ = told.send(News::Router(event)));
     let router = router(&builder, listener.clone(), sink);
-    let mut watched = Watched {
-        folder,
-        there: There::default(),
-        settle: Settle::default(),
-        apps: BTreeMap::new(),
-        runs: HashMap::new(),
-        serial: Cell::new(0),
-        router,
-        changes: 0,
-        changed: 0,
-        untold: VecDeque::new(),
-        listing: Listing::default(),
-        is_stale: false,
-        displaced: BTreeMap::new(),
-        compiling: Arc::new(Semaphore::new(cores() as usize)),
-        news,
-        ignored: BTreeMap::new(),
-        tell,
-        builder,
-    };
+    let mut watched = Watched::new(builder, folder, router, news, tell);
     let mut ears = Ears::new();
     let mut has_events = watched.attach(&mut ears);
     watched.begin();
@@ -178,7 +161,9 @@ async fn watch<F: FnMut(Event)>(builder: Builder, tell: F) -> Result<End, Error>
     let mut look_at = None::<Instant>;
     let mut stopped: Option<i32> = None;
     loop {
-        watched.settle();
+        if stopped.is_none() {
+            watched.settle();
+        }
         watched.list();
         watched.router.flush();
         let often = watched.builder.poll.unwrap_or(if has_events { LOOK_SELDOM } else { LOOK_OFTEN });
@@ -194,7 +179,7 @@ async fn watch<F: FnMut(Event)>(builder: Builder, tell: F) -> Result<End, Error>
                 listener.lock().unwrap_or_else(PoisonError::into_inner).take();
                 watched.router.drain();
             }
-            _ = hangup.recv() => {
+            _ = hangup.recv(), if stopped.is_none() => {
                 look_at = Some(Instant::now());
                 watched.reconsider_all();
             }
@@ -242,6 +227,30 @@ fn bind(builder: &Builder) -> Result<OwnedFd, Error> {
 }
 
 impl<F: FnMut(Event)> Watched<F> {
+    fn new(builder: Builder, folder: Folder, router: Supervisor, news: mpsc::UnboundedSender<News>, tell: F) -> Self {
+        Self {
+            folder,
+            there: There::default(),
+            settle: Settle::default(),
+            apps: BTreeMap::new(),
+            runs: HashMap::new(),
+            serial: Cell::new(0),
+            router,
+            changes: 0,
+            changed: 0,
+            untold: VecDeque::new(),
+            listing: Listing::default(),
+            is_stale: false,
+            displaced: BTreeMap::new(),
+            compiling: Arc::new(Semaphore::new(cores() as usize)),
+            news,
+            ignored: BTreeMap::new(),
+            trouble: None,
+            tell,
+            builder,
+        }
+    }
+
     /// Tells the world, when what was to be changed before holds: whoever hears that a version is live finds it so.
     fn tell(&mut self, event: Event) {
         self.untold.push_back(((!self.is_stale).then_some(self.changes), event));
@@ -305,28 +314,26 @@ impl<F: FnMut(Event)> Watched<F> {
     }
 
     fn read_folder(&mut self) -> Option<There> {
-        match self.folder.look() {
-            Ok(there) => Some(there),
-            Err(error) => {
-                self.tell(Event::Error { message: format!("could not read the folder: {error}") });
-                None
-            }
+        let looked = self.folder.look().map_err(|error| format!("could not read the folder: {error}"));
+        let trouble = looked.as_ref().err().cloned();
+        // once, and not with each look
+        if trouble != self.trouble
+            && let Some(message) = trouble.clone()
+        {
+            self.tell(Event::Error { message });
         }
+        self.trouble = trouble;
+        looked.ok()
     }
 
     fn tell_ignored(&mut self) {
         let shadowed = shadowed(&self.there).map(|(file, reason)| (file, reason.to_owned()));
         let ignored = self.there.ignored.clone().into_iter().chain(shadowed);
         let ignored: BTreeMap<_, _> = ignored.filter(|(file, _)| is_meant(file)).collect();
-        let new: Vec<_> = ignored.iter().filter(|(file, _)| !self.ignored.contains_key(*file)).collect();
-        let new: Vec<_> = new
-            .into_iter()
-            .map(|(file, reason)| Event::Ignored { file: file.clone(), reason: reason.clone() })
-            .collect();
-        for event in new {
-            self.tell(event);
+        let known = std::mem::replace(&mut self.ignored, ignored.clone());
+        for (file, reason) in ignored.into_iter().filter(|(file, _)| !known.contains_key(file)) {
+            self.tell(Event::Ignored { file, reason });
         }
-        self.ignored = ignored;
     }
 
     /// Takes up what has come to rest.
@@ -338,8 +345,8 @@ impl<F: FnMut(Event)> Watched<F> {
         apps.dedup();
         for name in &apps {
             // all of its files, or none
-            let is_pending = |ending: &str| self.settle.is_pending(&format!("{name}.{ending}"));
-            if !["wasm", "wat", "toml"].into_iter().any(is_pending) {
+            let is_pending = |ending: &&str| self.settle.is_pending(&format!("{name}.{ending}"));
+            if !ENDINGS.iter().any(is_pending) {
                 self.reconsider(name, now);
             }
         }
@@ -364,9 +371,9 @@ impl<F: FnMut(Event)> Watched<F> {
     /// Takes an app as its files are now.
     fn reconsider(&mut self, name: &str, now: Instant) {
         self.displaced.remove(name);
-        let is_there = names(&self.there).any(|other| other == name);
+        self.is_stale = true;
         let grace = self.builder.grace;
-        if !is_there {
+        if !self.there.has(name) {
             let Some(app) = self.apps.get_mut(name) else { return };
             let acts = app.remove(false, now);
             return self.act(name, acts);
@@ -402,7 +409,8 @@ impl<F: FnMut(Event)> Watched<F> {
     }
 
     fn act(&mut self, name: &str, acts: Vec<Act>) {
-        self.is_stale = true;
+        // most of what happens changes nothing
+        self.is_stale |= !acts.is_empty();
         for act in acts {
             match act {
                 Act::Start(serial, version) => {
@@ -436,17 +444,18 @@ impl<F: FnMut(Event)> Watched<F> {
     }
 
     /// Starts the workers of a version.
-    fn start(&mut self, name: &str, serial: u64, version: &Version) -> io::Result<()> {
+    fn start(&mut self, name: &str, serial: u64, version: &Arc<Version>) -> io::Result<()> {
         let (channel, theirs) = channel::new()?;
         let (orders, ordered) = mpsc::unbounded_channel();
         let (told, ended) = (self.news.clone(), self.news.clone());
         let (pool, compiling) = (version.pool.clone(), self.compiling.clone());
         let workers = pool.current_workers();
+        let started = version.clone();
         let task = tokio::task::spawn_local(async move {
             // whoever hears it may have gone
             let sink = Box::new(move |event| _ = told.send(News::Event(serial, event)));
             let result = pool.serve_channel(theirs, ordered, sink, &compiling).await;
-            let _ = ended.send(News::Ended(serial, result.err().map(|error| error.to_string())));
+            let _ = ended.send(News::Ended(serial, result.err().map(|error| started.why(&error))));
         });
         let run = Running {
             app: name.into(),
@@ -491,20 +500,9 @@ impl<F: FnMut(Event)> Watched<F> {
 
     /// Sends the router all that it must know: it is a new one.
     fn introduce(&mut self) {
-        let standings: Vec<_> = self
-            .apps
-            .iter()
-            .map(|(name, app)| {
-                let standing = match app.state() {
-                    "live" => Standing::Live,
-                    "starting" => Standing::Starting,
-                    "asleep" => Standing::Asleep,
-                    _ => Standing::Down,
-                };
-                (name.clone(), app.live.as_ref().map(|run| run.serial), standing)
-            })
-            .collect();
-        for (name, serial, standing) in standings {
+        let apps = self.apps.iter();
+        let all = apps.map(|(name, app)| (name.clone(), app.live.as_ref().map(|run| run.serial), app.standing()));
+        for (name, serial, standing) in all.collect::<Vec<_>>() {
             self.route(&name, serial, standing);
         }
         self.send_listing();

@@ -15,9 +15,10 @@ use super::{
     settings::Settings,
 };
 use crate::{
+    Error,
     child::At,
     mode::cluster,
-    sandbox::{Form, Guest, Inspection, Shape, binary, import_hint, offered},
+    sandbox::{Guest, Inspection, LoadError, Shape, binary, import_hint, offered},
     settings::{Flaw, SETTINGS_MAX},
 };
 
@@ -118,14 +119,17 @@ impl Version {
         if let Some(import) = inspection.imports.iter().find(|import| !offered(&inspection, import)) {
             return Some(format!("it imports `{import}`: {}", import_hint(import)));
         }
-        match inspection.shape {
-            shape if self.settings.is_command() => (shape != Some(Shape::Command) || inspection.has_threads())
-                .then(|| "it is no command without threads, as its settings say".into()),
-            Some(Shape::Handler | Shape::Http) if inspection.form == Form::Component => None,
-            Some(Shape::Command) => {
-                Some("it is a command, of which only those are run whose settings say `mode = \"command\"`".into())
+        let fits = self.pool.check_guest(&inspection, true);
+        fits.and_then(|()| self.pool.check_grants()).err().map(|error| self.why(&error))
+    }
+
+    /// Why it is not taken, in words.
+    pub(super) fn why(&self, error: &Error) -> String {
+        match error {
+            Error::Load(LoadError::WrongShape { found: Some(Shape::Command), .. }) if !self.settings.is_command() => {
+                format!("{error}; `mode = \"command\"` in its settings lets a run of it answer each request")
             }
-            _ => Some("it answers no requests: expected an http guest or a handler, as a component".into()),
+            error => error.to_string(),
         }
     }
 }
