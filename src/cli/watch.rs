@@ -22,8 +22,8 @@ use super::{
 /// One that does not work is told of, and the old one stays. One that is removed finishes what it has. `GET /` lists
 /// what is live.
 ///
-/// `NAME.toml` says what an app may touch and spend, and where it is. Its keys are the flags of `wrun cluster`: `workers`,
-/// `timeout`, `memory`, `dir`, `env`, `http`, `tcp`, … and `route` or `host`, `lazy`, `disabled`. Nothing is granted that
+/// `NAME.toml` says what an app may touch and spend, and where it is. Most keys are named as the flags of `wrun
+/// cluster`: `workers`, `timeout`, `memory`, `dir`, `env`, `http`, `tcp`; and there are `route` or `host`, `lazy`, `disabled`. Nothing is granted that
 /// is not granted there.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  wrun watch apps/ --listen 127.0.0.1:3000")]

@@ -34,6 +34,9 @@ fn a_guest_that_is_dropped_is_live_and_one_that_is_removed_is_gone() {
     let listed = apps.listed("upload");
     assert_eq!((&listed["state"], &listed["at"], &listed["workers"]), (&json!("live"), &json!("/upload"), &json!(1)));
     assert_eq!((&listed["version"], &listed["error"]), (&live["version"], &Value::Null));
+    let page = apps.server.request("GET / HTTP/1.1\r\nHost: a\r\nAccept: text/html\r\nConnection: close\r\n\r\n");
+    assert_eq!(page.header("content-type"), Some("text/html; charset=utf-8"));
+    assert!(page.text().contains("<a href=\"/upload\">upload</a><td>live"), "{}", page.text());
     assert!(listed["since_ms"].as_u64() > Some(1_700_000_000_000));
     fs::remove_file(apps.path("upload.wasm")).unwrap();
     apps.told("removed", "upload");

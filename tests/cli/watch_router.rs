@@ -11,9 +11,10 @@ use serde_json::json;
 
 use crate::{
     apps::{Apps, begun, guest, kind, variant},
-    client::Client,
+    client::{Client, Server},
     load::{Who, eventually},
     supervision::{children, event, gone, pid},
+    wrun::Folder,
 };
 
 #[test]
@@ -85,6 +86,20 @@ fn an_app_hears_whom_the_router_speaks_for() {
     assert_eq!((&record["client"], &record["app"], &record["id"]), (&json!("9.9.9.9"), &json!("up"), &json!("mine")));
     assert_eq!((&record["target"], &record["status"]), (&json!("/up/x"), &json!(200)));
     assert_eq!(record["version"], apps.listed("up")["version"]);
+}
+
+#[test]
+fn an_access_log_names_the_app_and_its_version() {
+    let folder = Folder::new().file("apps/up.wasm", guest(UPLOAD));
+    let server = Server::start(folder.wrun(["watch", "apps", "--listen", "0", "--access-log=access.log"]));
+    eventually("it is live", || server.get("/up").status == 200);
+    let version = server.get("/").json()["apps"][0]["version"].as_str().unwrap().to_owned();
+    assert_eq!(server.get("/nobody").status, 404);
+    eventually("both are logged", || folder.read("access.log").contains("/nobody"));
+    let log = folder.read("access.log");
+    let line = |target: &str| log.lines().rfind(|line| line.contains(target)).unwrap().to_owned();
+    assert!(line("\"GET /up HTTP/1.1\" 200 ").ends_with(&format!(" up@{version} -")), "{log}");
+    assert!(line("\"GET /nobody HTTP/1.1\" 404 ").ends_with(" - -"), "{log}");
 }
 
 #[test]

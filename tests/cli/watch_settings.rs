@@ -58,6 +58,20 @@ fn settings_say_what_an_app_may_and_where_it_is() {
 }
 
 #[test]
+fn every_setting_is_named_in_the_readme() {
+    let folder = Folder::new().file("apps/a.wasm", guest(ECHO)).file("apps/a.toml", "x = 1");
+    let found = folder.wrun(["inspect", "apps"]).run().code(2).stdout_text();
+    let (_, known) = found.split_once("expected one of ").expect("a list");
+    let readme = include_str!("../../README.md");
+    let known: Vec<_> = known.lines().next().unwrap().split('`').skip(1).step_by(2).collect();
+    assert!(known.len() > 20, "{known:?}");
+    for key in known {
+        let is_named = [format!("`{key}`"), format!("\n{key} = "), format!("# {key} = "), format!("or: {key} = ")];
+        assert!(is_named.iter().any(|form| readme.contains(form)), "`{key}`");
+    }
+}
+
+#[test]
 fn an_app_has_what_its_settings_grant_and_no_more() {
     let mut apps = Apps::new();
     fs::create_dir(apps.folder.path("data")).unwrap();
