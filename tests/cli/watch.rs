@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, fs, io::Write, os::unix::fs::PermissionsExt};
 
 use guest_artifacts::{ECHO, HELLO_HTTP, UPLOAD};
-use rustix::process::Signal;
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, prlimit};
 use serde_json::{Value, json};
 
 use crate::{
@@ -280,6 +280,29 @@ fn more_apps_than_there_are_descriptors_for_are_refused_and_the_others_go_on() {
         assert_eq!(answer.status, if is_live { 200 } else { 503 }, "{app}");
         assert!(is_live || app["error"].as_str().unwrap().contains("open files"), "{app}");
     }
+}
+
+#[test]
+fn a_file_that_could_not_be_looked_at_is_not_gone() {
+    let mut apps = Apps::new();
+    apps.live("app", guest(ECHO));
+    let pid = apps.server.pid();
+    let taken = || {
+        let fds = fs::read_dir(format!("/proc/{}/fd", pid.as_raw_pid())).unwrap();
+        fds.map(|fd| fd.unwrap().file_name().to_str().unwrap().parse::<u64>().unwrap()).collect::<Vec<_>>()
+    };
+    apps.server.until_stable("nothing is under way", || format!("{:?}", taken()));
+    let taken = taken();
+    // enough for the folder, which takes two, and none for a file
+    let most = (0..).filter(|fd| !taken.contains(fd)).nth(2);
+    let before = getrlimit(Resource::Nofile);
+    prlimit(Some(pid), Resource::Nofile, Rlimit { current: most, maximum: before.maximum }).unwrap();
+    apps.put("other.wasm", guest(ECHO));
+    let told = event(&mut apps.server, "error");
+    assert_eq!(told["message"], "could not read the folder: Too many open files (os error 24)");
+    prlimit(Some(pid), Resource::Nofile, before).unwrap();
+    apps.told("live", "other");
+    assert_eq!(events_of(apps, "removed").len(), 0);
 }
 
 #[test]

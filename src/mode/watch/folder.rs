@@ -17,7 +17,10 @@ use notify::{
     EventKind, RecommendedWatcher, RecursiveMode, Watcher,
     event::{AccessKind, AccessMode, ModifyKind, RenameMode},
 };
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat};
+use rustix::{
+    fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat},
+    io::Errno,
+};
 use tokio::sync::Notify;
 
 use super::settle::{Heard, Stamp};
@@ -57,7 +60,7 @@ impl Folder {
     /// What is there now. A folder that is not there has nothing in it.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// When it cannot be read, or not all of it: a file that could not be looked at is not one that is gone.
     pub(super) fn look(&self) -> io::Result<There> {
         let mut there = There::default();
         let Some(folder) = self.open()? else { return Ok(there) };
@@ -67,7 +70,11 @@ impl Folder {
             if name == "." || name == ".." {
                 continue;
             }
-            match app_of(&name).and_then(|_| stamp_of(&folder, &name)) {
+            let looked = match app_of(&name) {
+                Ok(_) => stamp_of(&folder, &name)?,
+                Err(reason) => Err(reason),
+            };
+            match looked {
                 Ok(Some(stamp)) => _ = there.files.insert(name, stamp),
                 // gone meanwhile
                 Ok(None) => {}
@@ -135,20 +142,26 @@ pub(super) fn is_meant(file: &str) -> bool {
     !file.starts_with('.') && file.rsplit_once('.').is_some_and(|(_, ending)| ENDINGS.contains(&ending))
 }
 
-/// What there is of a file; none when it is gone.
-fn stamp_of(folder: &OwnedFd, name: &str) -> Result<Option<Stamp>, String> {
+/// What there is of a file: none when it is gone, or why it is none of an app.
+///
+/// # Errors
+/// When that could not be seen, for a reason that is not the file's.
+fn stamp_of(folder: &OwnedFd, name: &str) -> io::Result<Result<Option<Stamp>, String>> {
     let stat = open_in(folder, name, OFlags::PATH).and_then(rustix::fs::fstat);
     let stat = match stat {
         Ok(stat) => stat,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(rustix::io::Errno::XDEV) => return Err("it is a link out of the folder".into()),
-        Err(error) => return Err(io::Error::from(error).to_string()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Ok(None)),
+        Err(Errno::XDEV) => return Ok(Err("it is a link out of the folder".into())),
+        Err(error @ (Errno::ACCESS | Errno::LOOP | Errno::NOTDIR | Errno::NAMETOOLONG)) => {
+            return Ok(Err(io::Error::from(error).to_string()));
+        }
+        Err(error) => return Err(error.into()),
     };
-    match FileType::from_raw_mode(stat.st_mode) {
+    Ok(match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => Ok(Some(stamp(&stat))),
         FileType::Directory => Err("it is a folder".into()),
         _ => Err("it is a special file".into()),
-    }
+    })
 }
 
 fn stamp(stat: &Stat) -> Stamp {
