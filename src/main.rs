@@ -26,10 +26,10 @@ use wrun::{
 
 use crate::{
     cli::{
-        Cli, ClusterArgs, Command, CompileArgs, ExecArgs, ForkArgs, InspectArgs, LogFormat, Output, RunArgs, SpawnArgs,
-        ThreadsArgs, WatchArgs,
+        CiArgs, CiCommand, CiRunArgs, Cli, ClusterArgs, Command, CompileArgs, ExecArgs, ForkArgs, InspectArgs,
+        LogFormat, NoTests, Output, RunArgs, SpawnArgs, ThreadsArgs, WatchArgs,
     },
-    report::{EventLog, Printer, Progress},
+    report::{CiPrinter, EventLog, Printer, Progress},
 };
 
 fn main() -> ExitCode {
@@ -45,6 +45,7 @@ fn main() -> ExitCode {
         Command::Cluster(args) => cluster(*args, printer),
         Command::Threads(args) => threads(*args, printer),
         Command::Watch(args) => watch(*args, printer),
+        Command::Ci(args) => Ok(ci(&args, printer)),
         Command::Inspect(args) => inspect(&args),
         Command::Compile(args) => compile(&args),
         Command::Doctor(args) => Checkup::run().map(|found| {
@@ -273,6 +274,63 @@ fn code_of(end: End) -> u8 {
         End::Stopped { signal, killed: true } => u8::try_from(128 + signal).unwrap_or(255),
         End::OutputClosed => 141,
     }
+}
+
+/// Runs jobs, or does what else there is to do with them.
+fn ci(args: &CiArgs, printer: Printer) -> u8 {
+    let done = match &args.command {
+        None => run_jobs(&args.run),
+        Some(CiCommand::Check(file)) => file.builder().and_then(|jobs| {
+            let planned = jobs.plan()?;
+            planned.check()?;
+            report::result(&format!("{} jobs, and nothing wrong", planned.list().len()));
+            Ok(0)
+        }),
+        Some(CiCommand::Schema) => {
+            report::result(&serde_json::to_string_pretty(&wrun::ci::schema()).expect("it has a JSON form"));
+            Ok(0)
+        }
+        Some(CiCommand::Init(init)) => write_jobs(&init.folder),
+        Some(CiCommand::ExplainCache(_)) => Err(wrun::ci::Error::later("explain-cache")),
+        Some(CiCommand::FuelBaseline(_)) => Err(wrun::ci::Error::later("fuel-baseline")),
+        Some(CiCommand::Cache(_)) => Err(wrun::ci::Error::later("cache")),
+    };
+    done.unwrap_or_else(|error| {
+        let is_well = matches!(error, wrun::ci::Error::Nothing) && args.run.no_tests == NoTests::Pass;
+        if !is_well {
+            printer.ci_error(&error);
+        }
+        if is_well { 0 } else { error.exit_code() }
+    })
+}
+
+fn run_jobs(args: &CiRunArgs) -> Result<u8, wrun::ci::Error> {
+    let planned = args.builder()?.plan()?;
+    if args.list {
+        report::jobs(&planned.list(), args.is_json());
+        return Ok(0);
+    }
+    let planned = args.with_json(planned)?;
+    let modes = (args.color, args.progress);
+    let mut lines = CiPrinter::new(modes, (planned.show(), args.is_json()), planned.folder(), &args.path()?);
+    let done = wrun::ci::run(planned, |event| lines.tell(event))?;
+    lines.done(&done);
+    Ok(done.record.exit)
+}
+
+/// Writes a job file for the guests below a folder.
+fn write_jobs(folder: &Path) -> Result<u8, wrun::ci::Error> {
+    let is_command =
+        |guest: &Path| wrun::inspect(guest).is_ok_and(|found| found.inspection.shape == Some(Shape::Command));
+    let (text, guests) = wrun::ci::init(folder, is_command);
+    let path = folder.join(wrun::ci::FILES[0]);
+    let written = fs::File::create_new(&path).and_then(|mut file| io::Write::write_all(&mut file, text.as_bytes()));
+    written.map_err(|source| wrun::ci::Error::Report { what: "the job file", path: path.clone(), source })?;
+    report::result(&format!(
+        "wrote `{}` with {guests} jobs; `wrun ci check` looks at it, `wrun ci` runs it",
+        path.display()
+    ));
+    Ok(0)
 }
 
 fn inspect(args: &InspectArgs) -> Result<u8, Error> {

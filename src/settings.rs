@@ -6,6 +6,10 @@ use serde::{
     Deserialize, Deserializer,
     de::{DeserializeOwned, Error as _},
 };
+use toml::{
+    Spanned,
+    de::{DeTable, DeValue, ValueDeserializer},
+};
 
 use crate::limits::parse_duration;
 
@@ -43,7 +47,7 @@ impl Flaw {
     }
 
     /// What is wrong with a range of a text.
-    fn at(text: &str, range: std::ops::Range<usize>, message: String) -> Self {
+    pub(crate) fn at(text: &str, range: std::ops::Range<usize>, message: String) -> Self {
         // the end of a text may lie behind it
         let start = floor(text, range.start.min(text.len()));
         let before = &text[..start];
@@ -87,13 +91,49 @@ impl fmt::Display for Flaw {
 /// # Errors
 /// What is wrong, and where.
 pub(crate) fn read<T: DeserializeOwned>(text: &str) -> Result<T, Flaw> {
-    toml::from_str(text).map_err(|error: toml::de::Error| {
-        let message = suggest(error.message());
-        match error.span() {
-            Some(range) => Flaw::at(text, range, message),
-            None => Flaw::of_all(message),
+    toml::from_str(text).map_err(|error| flaw_of(text, &error))
+}
+
+fn flaw_of(text: &str, error: &toml::de::Error) -> Flaw {
+    let message = suggest(error.message());
+    match error.span() {
+        Some(range) => Flaw::at(text, range, message),
+        None => Flaw::of_all(message),
+    }
+}
+
+/// A table of a text, as far as it can be read, with all that is wrong with how it is written.
+pub(crate) fn parse(text: &str) -> (Spanned<DeTable<'_>>, Vec<Flaw>) {
+    let (table, errors) = DeTable::parse_recoverable(text);
+    (table, errors.iter().map(|error| flaw_of(text, error)).collect())
+}
+
+/// Reads a table of a text, one key that is not as expected after the other left out: none when something is still wrong
+/// then. All that is wrong is added to `flaws`.
+pub(crate) fn read_table<T: DeserializeOwned>(
+    text: &str,
+    table: Spanned<DeTable<'_>>,
+    flaws: &mut Vec<Flaw>,
+) -> Option<T> {
+    let span = table.span();
+    let mut table = table.into_inner();
+    loop {
+        let value = Spanned::new(span.clone(), DeValue::Table(table.clone()));
+        let error = match T::deserialize(ValueDeserializer::from(value)) {
+            Ok(read) => return Some(read),
+            Err(error) => error,
+        };
+        flaws.push(flaw_of(text, &error));
+        let at = error.span()?.start;
+        let is_meant = |(key, value): &(Spanned<_>, Spanned<DeValue<'_>>)| {
+            key.span().start <= at && at < value.span().end.max(key.span().end)
+        };
+        let before = table.len();
+        table = table.into_iter().filter(|entry| !is_meant(entry)).collect();
+        if table.len() == before {
+            return None;
         }
-    })
+    }
 }
 
 /// Adds to what is said of an unknown name which of the known ones was perhaps meant.
@@ -101,15 +141,20 @@ fn suggest(message: &str) -> String {
     let message = message.trim();
     for kind in ["unknown field `", "unknown variant `"] {
         let Some((name, rest)) = message.strip_prefix(kind).and_then(|rest| rest.split_once('`')) else { continue };
-        let known = rest.split('`').skip(1).step_by(2);
-        let near = known.map(|known| (strsim::damerau_levenshtein(name, known), known)).min();
-        if let Some((distance, near)) = near
-            && distance <= near.len().max(name.len()).div_ceil(3)
-        {
-            return format!("{message}; did you mean `{near}`?");
-        }
+        return format!("{message}{}", did_you_mean(name, rest.split('`').skip(1).step_by(2)));
     }
     message.into()
+}
+
+/// Which of the known names was perhaps meant, as the end of a message; nothing when none is near.
+pub(crate) fn did_you_mean<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> String {
+    let near = known.map(|known| (strsim::damerau_levenshtein(name, known), known)).min();
+    match near {
+        Some((distance, near)) if distance <= near.len().max(name.len()).div_ceil(3) => {
+            format!("; did you mean `{near}`?")
+        }
+        _ => String::new(),
+    }
 }
 
 /// Reads what is written as a text: a size, a grant.

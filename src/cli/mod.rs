@@ -1,5 +1,6 @@
 //! The command line: flags, help, and what they become.
 
+mod ci;
 mod cluster;
 mod command;
 mod threads;
@@ -18,6 +19,7 @@ use wrun::{
 };
 
 pub(crate) use self::{
+    ci::{CiArgs, CiCommand, CiRunArgs, Color, NoTests, ProgressMode},
     cluster::{ClusterArgs, LISTEN},
     command::{ExecArgs, ForkArgs, SpawnArgs},
     threads::{Output, ThreadsArgs, print_aside},
@@ -68,6 +70,7 @@ pub(crate) enum Command {
     Cluster(Box<ClusterArgs>),
     Threads(Box<ThreadsArgs>),
     Watch(Box<WatchArgs>),
+    Ci(Box<CiArgs>),
     Inspect(InspectArgs),
     Compile(CompileArgs),
     Doctor(DoctorArgs),

@@ -1,5 +1,6 @@
 //! One entry per mode; no logic of its own.
 
+pub mod ci;
 pub mod cluster;
 pub mod command;
 mod compile;

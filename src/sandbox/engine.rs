@@ -10,6 +10,9 @@ use crate::{
     sandbox::{Inspection, code::MAGIC},
 };
 
+/// The engine and its version, by which fuel is counted.
+pub(crate) const ENGINE: &str = "wasmtime 48.0.8";
+
 /// What an engine is made of.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct EngineSpec {
@@ -159,5 +162,17 @@ impl Pool {
             .table_keep_resident(64 << 10)
             .pagemap_scan(Enabled::Auto);
         pool
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_that_is_told_is_the_one_that_is_used() {
+        let lock = include_str!("../../Cargo.lock");
+        let version = lock.split_once("name = \"wasmtime\"\nversion = \"").expect("it is there").1;
+        assert_eq!(ENGINE, format!("wasmtime {}", version.split_once('"').expect("a version").0));
     }
 }

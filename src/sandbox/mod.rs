@@ -30,7 +30,7 @@ use self::engine::{CORE_INSTANCES_MAX, MEMORIES_MAX, TABLE_ELEMENTS_MAX, TABLES_
 pub(crate) use self::{
     cache::write_whole,
     code::{Code, Packed, compile},
-    engine::{EngineSpec, Pool},
+    engine::{ENGINE, EngineSpec, Pool},
     guest::{binary, name_of, open_file},
     host::{
         BodyError, Full, GuestBody, Identity, Mailbox, Network, Received, Respond, Roots, SOCKETS_MAX, Scheme,

@@ -24,9 +24,12 @@ fn the_command_line_is_as_it_was() {
     let main = page(&[]);
     let mut reference = format!("$ wrun --help\n{main}");
     for command in commands(&main).into_iter().filter(|name| *name != "help") {
-        let page = page(&[command]);
-        assert_eq!(commands(&page), [""; 0], "commands of commands are not followed yet");
-        let _ = write!(reference, "\n\n$ wrun {command} --help\n{page}");
+        let of_it = page(&[command]);
+        let _ = write!(reference, "\n\n$ wrun {command} --help\n{of_it}");
+        for below in commands(&of_it).into_iter().filter(|name| *name != "help") {
+            let page = page(&[command, below]);
+            let _ = write!(reference, "\n\n$ wrun {command} {below} --help\n{page}");
+        }
     }
     insta::assert_snapshot!("command_line", reference);
 }

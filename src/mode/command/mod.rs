@@ -382,6 +382,13 @@ impl Command {
         Ok(Child::new(worker, Ends::of(pipes)?, self.kill_signal, self.grace))
     }
 
+    /// As [`Command::spawn_for_output`], of code that was loaded before.
+    pub(in crate::mode) fn spawn_loaded(&mut self, code: &Code) -> Result<Child, Error> {
+        self.settings.check()?;
+        let (worker, pipes) = self.start(code, Mailbox::None, None, [Kind::Null, Kind::Piped, Kind::Piped])?;
+        Ok(Child::new(worker, Ends::of(pipes)?, self.kill_signal, self.grace))
+    }
+
     /// Runs the guest to its end.
     ///
     /// # Errors

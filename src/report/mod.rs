@@ -4,6 +4,8 @@
 
 #![expect(clippy::print_stderr, reason = "this is the place that prints")]
 
+mod ci;
+
 use std::{
     fmt::Write as _,
     fs,
@@ -17,7 +19,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use serde_json::json;
 use wrun::{
-    Error, Failed, Report,
+    Error, Failed, Report, ci as ci_mode,
     doctor::{Checkup, Guard, Verdict},
     event::{AccessRecord, Event, Stream},
     grant::Denied,
@@ -26,6 +28,7 @@ use wrun::{
     watch,
 };
 
+pub(crate) use self::ci::CiPrinter;
 use crate::cli::LogFormat;
 
 /// Lets what wrun's parts warn of, or with `verbose` all they tell, be seen on standard error.
@@ -57,6 +60,20 @@ impl Printer {
                     let _ = writeln!(text, "hint: {}", Clean(&hint));
                 }
                 print_error(&text);
+            }
+        }
+    }
+
+    /// Why no job was run.
+    pub(crate) fn ci_error(self, error: &ci_mode::Error) {
+        let hint = if let ci_mode::Error::Cannot(error) = error { error.hint() } else { None };
+        match self.format {
+            LogFormat::Json => {
+                self.log_line(&json!({"event": "error", "message": error.to_string(), "hint": hint}));
+            }
+            LogFormat::Text => {
+                let hint = hint.map_or_else(String::new, |hint| format!("hint: {}\n", Clean(&hint)));
+                print_error(&format!("wrun: error: {}\n{hint}", Lines(&error.to_string())));
             }
         }
     }
@@ -410,6 +427,20 @@ pub(crate) fn folder(found: &watch::Inspected, as_json: bool) {
     }
     for (file, reason) in &found.ignored {
         let _ = writeln!(text, "{}: ignored: {}", Clean(file), Clean(reason));
+    }
+    print(&text);
+}
+
+/// The jobs that are selected.
+pub(crate) fn jobs(jobs: &[ci_mode::Listed], as_json: bool) {
+    if as_json {
+        return print(&(serde_json::to_string(jobs).expect("plain data has a JSON form") + "\n"));
+    }
+    let mut text = String::new();
+    for ci_mode::Listed { job, needs, tags, .. } in jobs {
+        let needs = if needs.is_empty() { String::new() } else { format!("  needs {}", needs.join(", ")) };
+        let tags = if tags.is_empty() { String::new() } else { format!("  tags {}", tags.join(", ")) };
+        let _ = writeln!(text, "{}", Clean(&format!("{job}{needs}{tags}")));
     }
     print(&text);
 }

@@ -1,0 +1,488 @@
+//! One attempt of a job: its files, its guest in a sandbox, and how it ended.
+
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    io::{Seek, SeekFrom, Write},
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use rustix::fs::MemfdFlags;
+use tokio::{
+    io::AsyncReadExt,
+    sync::{Notify, watch},
+};
+
+use super::{
+    capture::{Capture, file_name, hex},
+    guests::{Loaded, Made, status_of},
+    mask::Masks,
+    plan::{Job, Stdin, at_attempt},
+    record::{Attempt, Status, StreamRecord, Times},
+    stage::{Stage, Uncollected},
+};
+use crate::{
+    Error,
+    event::Stream,
+    grant::{Denied, Grants},
+    limits::Limits,
+    mode::command::{ChildOutput, Command, Stdio},
+    outcome::{End, LimitKind, Outcome, Stage as Step, Usage, millis},
+    process::names,
+    sandbox::{self, Code, Identity, LoadError, Network, OutputSink, Roots, Sandbox, Setup, open_file},
+    signal::Signal,
+};
+
+/// How often it is looked at how much a guest has written.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// How much of a stream is read at once.
+const PIECE: usize = 64 << 10;
+
+/// The largest text that is compared with what was expected.
+const EXPECTED_MAX: u64 = 64 << 20;
+
+/// What is the same for all attempts of a run.
+#[derive(Debug)]
+pub(super) struct Context {
+    pub(super) masks: Masks,
+    /// Variables of our own environment that some job gets.
+    pub(super) env: HashMap<String, String>,
+    /// The folder of artifacts.
+    pub(super) artifacts: PathBuf,
+    /// Where files are staged.
+    pub(super) work: PathBuf,
+    pub(super) grace: Duration,
+}
+
+/// How an attempt ended.
+#[derive(Debug)]
+pub(super) struct Attempted {
+    /// Without when it began, and in which slot.
+    pub(super) attempt: Attempt,
+    /// What of its output could not be written, through no fault of its own.
+    pub(super) problem: Option<String>,
+}
+
+/// Why a guest was ended before it did.
+#[derive(Debug)]
+enum Cut {
+    /// It printed or left too much.
+    Output(String),
+    /// The run is over.
+    Stopped,
+}
+
+/// How a guest ended.
+type Ran = (Result<Outcome, Error>, Option<Cut>);
+
+/// What an attempt has that begins.
+struct Try<'a> {
+    context: &'a Context,
+    job: &'a Job,
+    number: u32,
+    /// What its guest is refused.
+    denied: &'a Arc<Mutex<Vec<Denied>>>,
+    /// Whether the run is over.
+    stop: watch::Receiver<bool>,
+}
+
+/// Both streams of a guest.
+type Captures = [Capture; 2];
+
+/// Runs a job once.
+pub(super) async fn attempt(
+    context: &Context,
+    job: &Job,
+    loaded: &Loaded,
+    number: u32,
+    stop: watch::Receiver<bool>,
+) -> Attempted {
+    let begin = Instant::now();
+    let suffix = if number == 1 { String::new() } else { format!(".{number}") };
+    let name = file_name(&job.name);
+    let capture = |stream: &str, max| {
+        Capture::new(&context.masks, max, &context.artifacts, &format!("logs/{name}{suffix}.{stream}"))
+    };
+    let captures = [capture("stdout", job.stdout_max), capture("stderr", job.stderr_max)];
+    let denied = Arc::new(Mutex::new(vec![]));
+    let staged = {
+        let (job, path) = (job.clone(), context.work.join(format!("{name}{suffix}")));
+        if job.inputs.is_empty() && job.outputs.is_empty() {
+            Stage::prepare(&job, path)
+        } else {
+            let staged = tokio::task::spawn_blocking(move || Stage::prepare(&job, path)).await;
+            staged.unwrap_or_else(|error| Err(error.to_string()))
+        }
+    };
+    let (mut verdict, usage, captures, staged) = match (staged, &loaded.made) {
+        (Err(reason), _) => (Verdict::of(Status::Infra, reason), Usage::default(), captures, None),
+        (_, Err((status, reason))) => (Verdict::of(*status, reason), Usage::default(), captures, None),
+        (Ok(stage), Ok(made)) => {
+            let this = Try { context, job, number, denied: &denied, stop };
+            let (ran, captures) = match made {
+                Made::Process(code) => in_process(this, code, &stage, captures).await,
+                Made::Thread(sandbox, _) => here(this, sandbox, &stage, captures).await,
+            };
+            let usage = ran.0.as_ref().map(|outcome| outcome.usage).unwrap_or_default();
+            (verdict(job, ran), usage, captures, Some(stage))
+        }
+    };
+    let [stdout, stderr] = captures.map(Capture::finish);
+    let mut problem = stdout.1.or(stderr.1);
+    if let Some(stage) = staged {
+        problem = problem.or(verdict.settle(context, job, &stage, &stdout.0, usage));
+    }
+    if verdict.status != Status::Pass {
+        let denied = denied.lock().unwrap_or_else(PoisonError::into_inner);
+        let refused: Vec<String> = denied.iter().map(|denied: &Denied| format!("; it was refused: {denied}")).collect();
+        verdict.reason = verdict.reason.map(|reason| context.masks.mask(&(reason + &refused.concat())));
+    }
+    let attempt = Attempt {
+        attempt: number,
+        status: verdict.status,
+        reason: verdict.reason,
+        exit: verdict.exit,
+        backtrace: verdict.backtrace.iter().map(|line| context.masks.mask(line)).collect(),
+        fuel: usage.fuel.filter(|_| verdict.has_run),
+        memory_peak: usage.memory_peak,
+        stdout: stdout.0,
+        stderr: stderr.0,
+        times: Times { wall_ms: millis(begin.elapsed()), cpu_ms: usage.cpu_ms, ..Times::default() },
+    };
+    Attempted { attempt, problem }
+}
+
+/// What is to be said of an attempt.
+#[derive(Debug)]
+struct Verdict {
+    status: Status,
+    reason: Option<String>,
+    exit: Option<i32>,
+    backtrace: Vec<String>,
+    /// Whether its guest was there at all.
+    has_run: bool,
+}
+
+impl Verdict {
+    fn of(status: Status, reason: impl Into<String>) -> Self {
+        Self { status, reason: Some(reason.into()), exit: None, backtrace: vec![], has_run: false }
+    }
+
+    /// Compares with what was expected, and keeps what is to be kept. Answers what could not be, through no fault of the
+    /// guest's.
+    fn settle(
+        &mut self,
+        context: &Context,
+        job: &Job,
+        stage: &Stage,
+        stdout: &StreamRecord,
+        usage: Usage,
+    ) -> Option<String> {
+        let good = self.status == Status::Pass;
+        let differs = if good { mismatch(context, job, stdout, usage) } else { None };
+        if let Some(reason) = differs {
+            (self.status, self.reason) = (Status::Mismatch, Some(reason));
+        }
+        if let (true, Err(reason)) = (good, stage.check(job.files_max)) {
+            (self.status, self.reason) = (Status::Output, Some(reason));
+            return None;
+        }
+        // what a job leaves that failed may say why
+        let is_kept = self.has_run && self.status != Status::Output;
+        match if is_kept { stage.collect(job, &context.masks) } else { Ok(()) } {
+            Ok(()) => None,
+            Err(Uncollected::Cannot(reason)) => Some(reason),
+            Err(Uncollected::Refused(reason)) => {
+                if self.status == Status::Pass {
+                    (self.status, self.reason) = (Status::Output, Some(reason));
+                }
+                None
+            }
+        }
+    }
+}
+
+/// What the end of a guest means.
+fn verdict(job: &Job, (outcome, cut): Ran) -> Verdict {
+    let outcome = match (cut, outcome) {
+        (Some(Cut::Stopped), _) => return Verdict::of(Status::Cancelled, "the run was ended"),
+        (Some(Cut::Output(reason)), _) => return Verdict { has_run: true, ..Verdict::of(Status::Output, reason) },
+        (None, Err(error)) => return Verdict::of(status_of(&error), error.to_string()),
+        (None, Ok(outcome)) => outcome,
+    };
+    let reason = outcome.to_string();
+    let (status, backtrace) = match outcome.end {
+        End::Exited { code } if code == job.expect.exit => {
+            return Verdict { status: Status::Pass, reason: None, exit: Some(code), backtrace: vec![], has_run: true };
+        }
+        End::Exited { code } => {
+            let reason = format!("expected exit code {}, found {code}", job.expect.exit);
+            return Verdict { exit: Some(code), has_run: true, ..Verdict::of(Status::Fail, reason) };
+        }
+        End::Trapped { backtrace, .. } => (Status::Trap, backtrace),
+        End::Limit { limit, .. } => {
+            let status = match limit {
+                LimitKind::Time => Status::Timeout,
+                LimitKind::Fuel => Status::Fuel,
+                LimitKind::Memory => Status::Memory,
+                LimitKind::Message | LimitKind::Output => Status::Output,
+            };
+            (status, vec![])
+        }
+        End::Failed { stage: Step::Load | Step::Compile | Step::Link, .. } => (Status::Compile, vec![]),
+        End::Failed { .. } | End::Killed { .. } | End::Cancelled => (Status::Infra, vec![]),
+    };
+    let has_run = !matches!(status, Status::Compile | Status::Infra);
+    Verdict { backtrace, has_run, ..Verdict::of(status, reason) }
+}
+
+/// What of a good run is not as expected.
+fn mismatch(context: &Context, job: &Job, stdout: &StreamRecord, usage: Usage) -> Option<String> {
+    if let (Some(most), Some(used)) = (job.expect.fuel_max, usage.fuel)
+        && used > most
+    {
+        return Some(format!("expected at most {most} fuel, it used {used}"));
+    }
+    let path = job.expect.stdout.as_ref()?;
+    let expected = match fs::metadata(path)
+        .and_then(|it| if it.len() > EXPECTED_MAX { Ok(None) } else { fs::read(path).map(Some) })
+    {
+        Ok(Some(expected)) => expected,
+        Ok(None) => return Some(format!("`{}` is too large to be compared with", path.display())),
+        Err(error) => return Some(format!("could not read `{}`: {error}", path.display())),
+    };
+    let expected = match String::from_utf8(expected) {
+        Ok(text) => context.masks.mask(&text).into_bytes(),
+        Err(bytes) => bytes.into_bytes(),
+    };
+    if hex(&<sha2::Sha256 as sha2::Digest>::digest(&expected)) == stdout.sha256 {
+        return None;
+    }
+    let log = stdout.log.as_ref().map(|log| fs::read(context.artifacts.join(log)).unwrap_or_default());
+    let found = log.unwrap_or_default();
+    let differs = expected.split(|b| *b == b'\n').zip(found.split(|b| *b == b'\n')).position(|(a, b)| a != b);
+    let line = differs.map_or_else(
+        || expected.split(|b| *b == b'\n').count().min(found.split(|b| *b == b'\n').count()),
+        |line| line + 1,
+    );
+    Some(format!("its output is not that of `{}`: line {line} is the first that differs", path.display()))
+}
+
+/// What a guest may touch.
+fn grants(context: &Context, job: &Job, stage: &Stage, number: u32) -> Grants {
+    let passed = job.env_pass.iter().chain(&job.secrets);
+    let passed = passed.filter_map(|name| Some((name.clone(), context.env.get(name)?.clone())));
+    let own = job.env.iter().map(|(name, value)| (name.clone(), at_attempt(value, number)));
+    Grants { dirs: stage.dirs.clone(), env: passed.chain(own).collect(), http: job.http.clone(), tcp: job.tcp.clone() }
+}
+
+/// A guest's standard input.
+fn stdin(job: &Job, number: u32) -> Result<Option<File>, Error> {
+    match &job.stdin {
+        None => Ok(None),
+        Some(Stdin::File(path)) => open_file(path).map(Some).map_err(|error| Error::Io {
+            what: "open the standard input",
+            source: match error {
+                LoadError::Unreadable { source, .. } => source,
+                other => std::io::Error::other(other.to_string()),
+            },
+        }),
+        Some(Stdin::Text(text)) => {
+            let made = || -> std::io::Result<File> {
+                let mut file = File::from(rustix::fs::memfd_create("wrun-stdin", MemfdFlags::CLOEXEC)?);
+                file.write_all(at_attempt(text, number).as_bytes())?;
+                file.seek(SeekFrom::Start(0))?;
+                Ok(file)
+            };
+            made().map(Some).map_err(Error::io("make a file in memory"))
+        }
+    }
+}
+
+/// Runs a guest in a process of its own.
+async fn in_process(
+    Try { context, job, number, denied, mut stop }: Try<'_>,
+    code: &Code,
+    stage: &Stage,
+    mut captures: Captures,
+) -> (Ran, Captures) {
+    // it is not counted across threads
+    let fuel = job.limits.fuel.filter(|_| !code.inspection.has_threads());
+    let limits = Limits { fuel, ..job.limits.clone() };
+    let mut command = Command::new(&job.wasm);
+    command.arg0(&job.id).args(job.args.iter().map(|arg| at_attempt(arg, number)));
+    command.grants(grants(context, job, stage, number)).limits(limits).isolation(job.isolation);
+    command.kill_signal(Signal::TERM).grace(context.grace);
+    let refusals = denied.clone();
+    command.on_denied(move |denied| refusals.lock().unwrap_or_else(PoisonError::into_inner).push(denied.clone()));
+    let started = stdin(job, number).and_then(|stdin| {
+        if let Some(file) = stdin {
+            command.stdin(Stdio::from(file));
+        }
+        command.spawn_loaded(code)
+    });
+    let mut child = match started {
+        Ok(child) => child,
+        Err(error) => return ((Err(error), None), captures),
+    };
+    let (mut out, mut err) = (child.stdout.take(), child.stderr.take());
+    let [stdout, stderr] = &mut captures;
+    let reads = async {
+        tokio::try_join!(pump(out.as_mut(), stdout, job, "stdout"), pump(err.as_mut(), stderr, job, "stderr"))
+    };
+    let cut = tokio::select! {
+        biased;
+        read = reads => read.err().map(Cut::Output),
+        reason = grown(job, stage) => Some(Cut::Output(reason)),
+        _ = stop.wait_for(|is_over| *is_over) => Some(Cut::Stopped),
+    };
+    if cut.is_some() {
+        child.kill(Signal::KILL);
+    }
+    let outcome = child.wait().await;
+    ((outcome, cut), captures)
+}
+
+/// Takes what comes until there is no more, or too much.
+async fn pump(from: Option<&mut ChildOutput>, to: &mut Capture, job: &Job, stream: &str) -> Result<(), String> {
+    let Some(from) = from else { return Ok(()) };
+    let mut piece = vec![0; PIECE];
+    // an error is the end of what can be read
+    while let Ok(read @ 1..) = from.read(&mut piece).await {
+        if to.take(&piece[..read]) {
+            return Err(too_much(job, stream));
+        }
+    }
+    Ok(())
+}
+
+fn too_much(job: &Job, stream: &str) -> String {
+    let max = if stream == "stdout" { job.stdout_max } else { job.stderr_max };
+    format!("hit the output limit of {max} ({stream}-max)")
+}
+
+/// Waits until a guest has written too much.
+async fn grown(job: &Job, stage: &Stage) -> String {
+    if !stage.is_writable() {
+        return std::future::pending().await;
+    }
+    loop {
+        tokio::time::sleep(LOOK).await;
+        if let Err(reason) = stage.check(job.files_max) {
+            return reason;
+        }
+    }
+}
+
+/// Takes what a guest in this process prints.
+struct Sink {
+    captures: Mutex<Option<Captures>>,
+    /// Which stream is too much.
+    over: Mutex<Option<&'static str>>,
+    is_over: Notify,
+}
+
+impl Sink {
+    fn captures(&self) -> MutexGuard<'_, Option<Captures>> {
+        self.captures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn over(&self) -> MutexGuard<'_, Option<&'static str>> {
+        self.over.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl OutputSink for Sink {
+    fn write(&self, stream: Stream, bytes: &[u8]) {
+        let (at, name) = match stream {
+            Stream::Stdout => (0, "stdout"),
+            Stream::Stderr => (1, "stderr"),
+        };
+        let mut captures = self.captures();
+        if captures.as_mut().is_some_and(|captures| captures[at].take(bytes)) {
+            self.over().get_or_insert(name);
+            self.is_over.notify_one();
+        }
+    }
+}
+
+/// Runs a guest on a thread of this process.
+async fn here(
+    Try { context, job, number, denied, mut stop }: Try<'_>,
+    sandbox: &Arc<Sandbox>,
+    stage: &Stage,
+    captures: Captures,
+) -> (Ran, Captures) {
+    let sink = Arc::new(Sink { captures: Mutex::new(Some(captures)), over: Mutex::default(), is_over: Notify::new() });
+    let grants = grants(context, job, stage, number);
+    let input = match &job.stdin {
+        None => Ok(vec![]),
+        Some(Stdin::Text(text)) => Ok(at_attempt(text, number).into_bytes()),
+        Some(Stdin::File(path)) => fs::read(path).map_err(Error::io("read the standard input")),
+    };
+    let made = input.and_then(|input| {
+        let network = if grants.http.is_empty() && grants.tcp.is_empty() {
+            Arc::default()
+        } else {
+            let names = names::answer(&grants).map_err(Error::io("make a socket"))?;
+            let refusals = denied.clone();
+            let hear = move |denied| refusals.lock().unwrap_or_else(PoisonError::into_inner).push(denied);
+            Arc::new(Network::prepare(&grants, names, &Roots::of_environment(), hear))
+        };
+        let args = std::iter::once(job.id.clone()).chain(job.args.iter().map(|arg| at_attempt(arg, number)));
+        let identity = Identity::alone(job.id.clone(), false);
+        Ok(Setup {
+            stdio: sandbox::Stdio::Piped(input.into(), sink.clone()),
+            network,
+            // its clock waits for that thread
+            shares_thread: true,
+            ..Setup::alone(grants, job.limits.clone(), args.collect(), identity)
+        })
+    });
+    let take = |sink: &Sink| sink.captures().take().expect("they are taken once");
+    let setup = match made {
+        Ok(setup) => Arc::new(setup),
+        Err(error) => return ((Err(error), None), take(&sink)),
+    };
+    let (sandbox, limits, printed) = (sandbox.clone(), job.limits.clone(), sink.clone());
+    let run = tokio::task::spawn_blocking(move || -> Result<(Outcome, bool), Error> {
+        let runtime = crate::process::runtime()?;
+        let timeout = limits.timeout.unwrap_or(Duration::MAX);
+        let begin = Instant::now();
+        Ok(runtime.block_on(async {
+            let out_of_time = || {
+                let end = End::Limit { limit: LimitKind::Time, allowed: format!("{timeout:?}") };
+                end.with(Usage::wall(begin.elapsed()))
+            };
+            tokio::select! {
+                outcome = sandbox.run(&setup) => (outcome, false),
+                () = tokio::time::sleep(timeout) => (out_of_time(), false),
+                () = printed.is_over.notified() => (End::Cancelled.with(Usage::wall(begin.elapsed())), false),
+                _ = stop.wait_for(|is_over| *is_over) => (End::Cancelled.with(Usage::wall(begin.elapsed())), true),
+            }
+        }))
+    });
+    let grown = grown(job, stage);
+    tokio::pin!(run, grown);
+    // what it left is looked at when it has ended: a file of a guest in this process has no other bound
+    let ran = tokio::select! {
+        ran = &mut run => ran,
+        reason = grown => {
+            sink.over().get_or_insert("");
+            sink.is_over.notify_one();
+            let ran = run.await;
+            let over = (ran.unwrap_or_else(|error| Err(Error::Usage(error.to_string()))).map(|(outcome, _)| outcome), Some(Cut::Output(reason)));
+            return (over, take(&sink));
+        }
+    };
+    let over = sink.over().take();
+    let ran = match ran.unwrap_or_else(|error| Err(Error::Usage(error.to_string()))) {
+        Ok((outcome, true)) => (Ok(outcome), Some(Cut::Stopped)),
+        Ok((outcome, false)) => (Ok(outcome), over.map(|stream| Cut::Output(too_much(job, stream)))),
+        Err(error) => (Err(error), None),
+    };
+    (ran, take(&sink))
+}
