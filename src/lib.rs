@@ -13,6 +13,7 @@
 //! | serve a port with a pool of http guests or handlers | [`Cluster`], [`listen`](cluster::Builder::listen) |
 //! | feed JSON lines to a pool | [`cluster::lines`] |
 //! | serve the guests in a folder, as they come and go | [`watch`] |
+//! | run the jobs of a file, with a verdict and reports | [`ci`] |
 //! | run threads of one guest on one memory, in this process | [`Threads`] |
 //! | the same in a process of their own | [`Command::workers`] |
 //! | hand the chunks of a [`Buffer`] to a guest on all cores | [`par_map`](threads::Builder::par_map), [`Command::par_map`] |
@@ -29,7 +30,8 @@
 //!   mode/                            one file or folder per mode; no mode knows another
 //!     command/{run; launch, child, fork, map, blocking, foreground}  compile  inspect  doctor
 //!     cluster/{builder; dispatch, pool, lines; server, serve}  threads/{builder, map}
-//!     watch/{folder, settle, settings, version, app, router, run}    (which is made of clusters, and alone knows another mode)
+//!     watch/{folder, settle, settings, version, app, router, run}    (which is made of clusters)
+//!     ci/{file, plan, select, graph, schedule; guests, stage, attempt, capture, mask; run, record, report/}    (of commands)
 //!        │                    │
 //!        │        supervisor/{slot, restart, worker}     slots of workers: start, watch, drain, replace
 //!        │                    │
@@ -59,6 +61,11 @@
 //! app, makes a pair of sockets, and sends one end through the channel (`process/channel`) at whose other end the workers of
 //! the version that is live wait, as they would at a listener. The primary looks at the folder, decides what is to be live
 //! (`mode/watch/app`), keeps a pool for each version, and tells the router; the router tells when an old one is idle.
+//!
+//! A job's way: the file is read into a plan (`mode/ci/plan`), of which some jobs are selected; the schedule says which may
+//! start. An attempt copies what the job gets into a folder of its own (`stage`), starts its guest as a command's child, and
+//! takes what it prints through masks into a log (`capture`). What it leaves is looked at before it is kept. All that is known
+//! of a run is its record, `run.json`, and reports are made of that and the logs.
 //!
 //! A guest's way: its bytes go to a compiler, a child with bounds of its own ([`limits::CompileLimits`]), and come back
 //! as code, which the primary keeps and never looks into. A worker maps the code, closes the jail behind itself
@@ -101,7 +108,9 @@
 //! - Workers do not outlive their primary, whatever ends it.
 //! - The router begins no request on a version after the one that took over is told of, and no version ends with a request
 //!   that it has, unless its time is over.
-//! - What decides is pure (`dispatch`, `slot`, `restart`, `settle`, `app`, `wire`, `framing`, `grant`): the clock is handed
+//! - A job sees copies of its inputs only, and of what it leaves only plain files are kept. Every job that is selected has one
+//!   end in the record, whatever ends the run.
+//! - What decides is pure (`dispatch`, `slot`, `restart`, `settle`, `app`, `graph`, `schedule`, `wire`, `framing`, `grant`): the clock is handed
 //!   in, and what to do comes out.
 //! - Modes tell what happens as [`event`]s and do not print; `report` in the command is the only code that does.
 //! - `unsafe` is in `sandbox/code.rs` (mapping machine code), `sandbox/window.rs` and `buffer/memory.rs` (mapping buffers),

@@ -52,6 +52,13 @@ impl Finished {
         self.check(holds, &format!("expected on stderr: {}", shown(expected)))
     }
 
+    /// This is somewhere on standard output.
+    #[track_caller]
+    pub(crate) fn stdout_has(self, text: &str) -> Self {
+        let holds = self.stdout_text().contains(text);
+        self.check(holds, &format!("expected somewhere on stdout: {text}"))
+    }
+
     /// This is somewhere on standard error.
     #[track_caller]
     pub(crate) fn stderr_has(self, text: &str) -> Self {

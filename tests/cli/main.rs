@@ -9,6 +9,12 @@
 mod apps;
 mod bombs;
 mod caps;
+mod ci;
+mod ci_file;
+mod ci_hosts;
+mod ci_reports;
+mod ci_sandbox;
+mod ci_schedule;
 mod client;
 mod cluster;
 mod compile;

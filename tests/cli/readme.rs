@@ -62,6 +62,11 @@ fn the_readmes_examples_print_what_they_say() {
     let folder = Folder::new().folder("target/release").file("README.md", &readme);
     std::os::unix::fs::symlink(WRUN, folder.path("target/release/wrun")).unwrap();
     std::os::unix::fs::symlink(guest_artifacts::dir(), folder.path("target/guests")).unwrap();
+    for file in ["guests/wrun-ci.toml", "guests/fixtures/hello.txt"] {
+        fs::create_dir_all(folder.path(file).parent().unwrap()).unwrap();
+        fs::copy(root.join(file), folder.path(file)).unwrap();
+    }
+    std::os::unix::fs::symlink(root.join("wit"), folder.path("wit")).unwrap();
     // a port that is free; whoever takes it meanwhile makes the example fail
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     for Example { command, expected } in examples {

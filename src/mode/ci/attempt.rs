@@ -309,7 +309,10 @@ async fn in_process(
     stage: &Stage,
     mut captures: Captures,
 ) -> (Ran, Captures) {
-    // it is not counted across threads
+    if code.inspection.has_threads() && job.limits.fuel != Some(u64::MAX) {
+        let error = Error::Usage("fuel is not metered across threads: expected no `fuel`".into());
+        return ((Err(error), None), captures);
+    }
     let fuel = job.limits.fuel.filter(|_| !code.inspection.has_threads());
     let limits = Limits { fuel, ..job.limits.clone() };
     let mut command = Command::new(&job.wasm);
@@ -424,14 +427,10 @@ async fn here(
         Some(Stdin::File(path)) => fs::read(path).map_err(Error::io("read the standard input")),
     };
     let made = input.and_then(|input| {
-        let network = if grants.http.is_empty() && grants.tcp.is_empty() {
-            Arc::default()
-        } else {
-            let names = names::answer(&grants).map_err(Error::io("make a socket"))?;
-            let refusals = denied.clone();
-            let hear = move |denied| refusals.lock().unwrap_or_else(PoisonError::into_inner).push(denied);
-            Arc::new(Network::prepare(&grants, names, &Roots::of_environment(), hear))
-        };
+        let names = names::answer(&grants).map_err(Error::io("make a socket"))?;
+        let refusals = denied.clone();
+        let hear = move |denied| refusals.lock().unwrap_or_else(PoisonError::into_inner).push(denied);
+        let network = Arc::new(Network::prepare(&grants, names, &Roots::of_environment(), hear));
         let args = std::iter::once(job.id.clone()).chain(job.args.iter().map(|arg| at_attempt(arg, number)));
         let identity = Identity::alone(job.id.clone(), false);
         Ok(Setup {

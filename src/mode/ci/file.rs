@@ -281,7 +281,8 @@ pub(super) struct JobTable {
     /// The SHA-256 that the file must have.
     #[serde(default)]
     pub(super) sha256: Option<String>,
-    /// Its arguments. `${attempt}` stands for the number of the attempt, from 1, here and in `env`.
+    /// Its arguments. `${attempt}` stands for the number of the attempt, from 1, here, in `env` and in a text
+    /// of `stdin`.
     #[serde(default)]
     pub(super) args: Vec<String>,
     /// Its standard input: `{ file = "in.json" }` or `{ text = "…" }`. Default none.

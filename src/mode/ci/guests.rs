@@ -85,23 +85,23 @@ impl Guests {
     pub(super) async fn get(&self, job: &Job) -> Rc<Loaded> {
         let key = key(job);
         match self.known.get(&key) {
-            Some(cell) => cell.get_or_init(|| async { Rc::new(self.load(&key, job).await) }).await.clone(),
-            None => Rc::new(self.load(&key, job).await),
+            Some(cell) => cell.get_or_init(|| async { Rc::new(self.load(&key).await) }).await.clone(),
+            None => Rc::new(self.load(&key).await),
         }
     }
 
-    async fn load(&self, key: &Key, job: &Job) -> Loaded {
+    async fn load(&self, key: &Key) -> Loaded {
         let guest = match Guest::read(&key.wasm) {
             Ok(guest) => guest,
             Err(error) => return Loaded { sha256: None, made: Err((Status::Compile, error.to_string())) },
         };
         let sha256 = Some(hex(&guest.digest()));
         let _turn = self.compiling.acquire().await;
-        let made = self.make(key, &guest, job).await.map_err(|error| (status_of(&error), error.to_string()));
+        let made = self.make(key, &guest).await.map_err(|error| (status_of(&error), error.to_string()));
         Loaded { sha256, made }
     }
 
-    async fn make(&self, key: &Key, guest: &Guest, job: &Job) -> Result<Made, Error> {
+    async fn make(&self, key: &Key, guest: &Guest) -> Result<Made, Error> {
         let metered = EngineSpec { epoch_checks: key.here, fuel: true, stack: Bytes(key.stack), pool: None };
         let mut code = self.code(metered, guest).await?;
         if key.here {
@@ -123,9 +123,6 @@ impl Guests {
             return Ok(Made::Thread(Arc::new(sandbox), alive));
         }
         if code.inspection.has_threads() {
-            if job.limits.fuel != Some(u64::MAX) {
-                return Err(Error::Usage("fuel is not metered across threads: expected no `fuel`".into()));
-            }
             code = self.code(EngineSpec { fuel: false, ..metered }, guest).await?;
         }
         Ok(Made::Process(code))

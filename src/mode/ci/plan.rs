@@ -334,12 +334,12 @@ impl Planner<'_> {
         let place = |key: &str| (places.of(key), &*own.id, cell);
         let args = own.args.iter().map(|text| self.fill(place("args"), text, true)).collect();
         let env = shared.env.iter().map(|(name, text)| (name.clone(), self.fill(place("env"), text, true))).collect();
+        let stdin = own.stdin.as_ref().map(|stdin| match stdin {
+            StdinTable::File(path) => Stdin::File(self.folder.join(self.fill(place("stdin"), path, false))),
+            StdinTable::Text(text) => Stdin::Text(self.fill(place("stdin"), text, true)),
+        });
         let mut fill = |key: &str, text: &str| self.fill(place(key), text, false);
         let wasm_text = fill("wasm", &own.wasm);
-        let stdin = own.stdin.as_ref().map(|stdin| match stdin {
-            StdinTable::File(path) => Stdin::File(PathBuf::from(fill("stdin", path))),
-            StdinTable::Text(text) => Stdin::Text(fill("stdin", text)),
-        });
         let inputs =
             own.inputs.iter().map(|input| (fill("inputs", &input.from), fill("inputs", &input.to), input.mode));
         let inputs: Vec<_> = inputs.collect();
@@ -369,10 +369,7 @@ impl Planner<'_> {
             env,
             env_pass: shared.env_pass.clone().unwrap_or_default(),
             secrets: own.secrets.clone(),
-            stdin: stdin.map(|stdin| match stdin {
-                Stdin::File(path) => Stdin::File(folder.join(path)),
-                text @ Stdin::Text(_) => text,
-            }),
+            stdin,
             inputs: inputs
                 .into_iter()
                 .map(|(from, to, mode)| Input { from: here(&from), to, is_writable: mode == Mode::Rw })

@@ -4,12 +4,13 @@ use std::{
     collections::HashMap,
     future::poll_fn,
     rc::Rc,
+    thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
     task::LocalSet,
     time::sleep_until,
 };
@@ -156,6 +157,8 @@ struct Driver<F> {
     ended: mpsc::UnboundedSender<Ended>,
     json: Option<Lines>,
     problems: Vec<String>,
+    /// The exit code of a run that was ended.
+    stopped: Option<u8>,
     tell: F,
 }
 
@@ -203,7 +206,17 @@ async fn drive<F: FnMut(&Event)>(planned: Planned, tell: F) -> Result<Done, Erro
         }
     }
     drop(work);
-    Ok(driver.finish(stopped, flaky_fails, &reports))
+    driver.settle(stopped, flaky_fails);
+    // whoever takes a report may take it slowly, or not at all
+    let (written, done) = oneshot::channel();
+    let (record, artifacts) = (driver.record.clone(), driver.context.artifacts.clone());
+    let write = move || _ = written.send(reports.write(&record, &artifacts));
+    thread::Builder::new().name("wrun-report".into()).spawn(write).map_err(crate::Error::io("start a thread"))?;
+    let problems = tokio::select! {
+        problems = done => problems.unwrap_or_default(),
+        signal = poll_fn(|cx| signals.poll(cx)) => return Err(Error::Interrupted { signal }),
+    };
+    Ok(driver.finish(problems, flaky_fails))
 }
 
 impl<F: FnMut(&Event)> Driver<F> {
@@ -260,6 +273,7 @@ impl<F: FnMut(&Event)> Driver<F> {
             ended,
             json: builder.json,
             problems: vec![],
+            stopped: None,
             tell,
             plan: Rc::new(plan),
         };
@@ -278,8 +292,10 @@ impl<F: FnMut(&Event)> Driver<F> {
             line.push('\n');
             // each at once: who is killed leaves what there was
             if let Err(error) = json.write_all(line.as_bytes()).and_then(|()| json.flush()) {
-                self.problems.push(format!("could not write the JSON lines: {error}"));
+                let message = format!("could not write the JSON lines: {error}");
+                self.problems.push(message.clone());
                 self.json = None;
+                (self.tell)(&Event::Warning { message });
             }
         }
         (self.tell)(event);
@@ -376,22 +392,27 @@ impl<F: FnMut(&Event)> Driver<F> {
         }
     }
 
-    /// Writes all reports.
-    fn finish(mut self, stopped: Option<(u8, String)>, flaky_fails: bool, reports: &report::Reports) -> Done {
+    /// Says how the run ended, as far as that is known before the reports are written.
+    fn settle(&mut self, stopped: Option<(u8, String)>, flaky_fails: bool) {
         self.record.times.wall_ms = millis(self.begin.elapsed());
-        let (code, ended) = stopped.unzip();
-        self.record.ended = ended;
-        self.record.exit = code.unwrap_or_else(|| exit_code(&self.record, flaky_fails, &self.problems));
-        let artifacts = self.context.artifacts.clone();
-        for problem in reports.write(&self.record, &artifacts) {
-            self.tell(&Event::Warning { message: problem.clone() });
-            self.problems.push(problem);
+        (self.stopped, self.record.ended) = stopped.unzip();
+        self.record.exit = self.exit(flaky_fails);
+    }
+
+    fn exit(&self, flaky_fails: bool) -> u8 {
+        self.stopped.unwrap_or_else(|| exit_code(&self.record, flaky_fails, &self.problems))
+    }
+
+    /// All is over, and these reports could not be written.
+    fn finish(mut self, problems: Vec<String>, flaky_fails: bool) -> Done {
+        for message in problems {
+            self.tell(&Event::Warning { message: message.clone() });
+            self.problems.push(message);
         }
-        self.record.exit = code.unwrap_or_else(|| exit_code(&self.record, flaky_fails, &self.problems));
+        self.record.exit = self.exit(flaky_fails);
         self.tell(&Event::RunEnd(Box::new(self.record.clone())));
-        if self.json.is_none() && self.record.exit < 101 && !self.problems.is_empty() {
-            self.record.exit = exit_code(&self.record, flaky_fails, &self.problems);
-        }
+        // that may have been what could not be told
+        self.record.exit = self.exit(flaky_fails);
         Done { record: self.record, problems: self.problems }
     }
 }

@@ -14,6 +14,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rustix::fs::{Mode, OFlags};
+
 pub use self::annotations::annotations;
 use crate::mode::ci::record::RunRecord;
 
@@ -99,7 +101,10 @@ fn put(path: &Path, text: &str) -> io::Result<()> {
         Ok(metadata) if metadata.is_symlink() && !is_system => return Err(io::Error::other("it is a link")),
         Ok(metadata) if metadata.is_dir() => return Err(io::ErrorKind::IsADirectory.into()),
         Ok(metadata) if is_system || !metadata.is_file() => {
-            return File::options().write(true).open(path)?.write_all(text.as_bytes());
+            // a pipe that nobody reads would be waited for
+            let fd = rustix::fs::open(path, OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?;
+            rustix::io::ioctl_fionbio(&fd, false)?;
+            return File::from(fd).write_all(text.as_bytes());
         }
         _ => {}
     }
