@@ -2,7 +2,7 @@
 
 use std::{fs, io::Write as _, os::unix::fs::symlink};
 
-use guest_artifacts::{HELLO, HOSTILE_COMMAND, HOSTILE_COMMAND_P1, HOSTILE_THREADS, NET};
+use guest_artifacts::{HELLO, HEXYL, HOSTILE_COMMAND, HOSTILE_COMMAND_P1, HOSTILE_THREADS, NET, RG};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 
 use crate::{
@@ -280,6 +280,35 @@ fn nothing_is_left_of_a_run() {
     assert_eq!(jobs.folder.names("tmp"), [""; 0]);
     assert_eq!(jobs.folder.names("artifacts"), [".gitignore", "run.json"]);
     assert_eq!(jobs.folder.read("artifacts/.gitignore"), "*\n");
+}
+
+#[test]
+fn programs_that_many_use_are_jobs() {
+    let root = env!("CARGO_MANIFEST_DIR");
+    let text = format!(
+        "[[job]]\nid = 'search'\nwasm = '{RG}'\nargs = ['--sort', 'path', '--count', '--only-matching', 'interface', '/in']\n\
+         inputs = [{{ from = '{root}/wit', to = '/in' }}]\n\
+         [[job]]\nid = 'none'\nwasm = '{RG}'\nargs = ['no such words', '/in']\ninputs = [{{ from = '{root}/wit', to = '/in' }}]\n\
+         [[job]]\nid = 'dump'\nwasm = '{HEXYL}'\nargs = ['--color=never', '--border=none', '--length=8', '/in/guest']\n\
+         inputs = [{{ from = '{HELLO}', to = '/in/guest' }}]\n"
+    );
+    let jobs = Jobs::of(text);
+    let ran = jobs.run(&[]).code(100);
+    assert_eq!(ran.ends(), [("search", "pass"), ("none", "fail"), ("dump", "pass")]);
+    // what it finds is what is there
+    let mut expected = String::new();
+    let mut names: Vec<_> =
+        fs::read_dir(format!("{root}/wit")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    names.sort();
+    for name in names {
+        let name = name.to_str().unwrap();
+        let count = fs::read_to_string(format!("{root}/wit/{name}")).unwrap().matches("interface").count();
+        if count > 0 {
+            expected += &format!("/in/{name}:{count}\n");
+        }
+    }
+    assert_eq!(jobs.folder.read("artifacts/logs/search.stdout"), expected);
+    assert!(jobs.folder.read("artifacts/logs/dump.stdout").contains("00 61 73 6d 0d 00 01 00"));
 }
 
 #[test]

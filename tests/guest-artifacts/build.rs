@@ -35,6 +35,9 @@ const ALSO_THREADED: [&str; 5] = ["courier", "data-processor", "echo", "fib", "w
 /// The command with threads that others wrote: a program and its version on crates.io, built with its own lock file.
 const FOREIGN_THREADS: (&str, &str) = ("b3sum", "1.8.7");
 
+/// Commands that others wrote and many use: a program's package and its version on crates.io, and its own name.
+const FOREIGN_COMMANDS: [(&str, &str, &str); 2] = [("ripgrep", "15.2.0", "rg"), ("hexyl", "0.17.0", "hexyl")];
+
 /// What the guests are made of: all but `guests/target`, which changes with every build that is run there.
 const SOURCES: [&str; 16] = [
     "guests/Cargo.toml",
@@ -86,7 +89,9 @@ fn main() {
     let also = ALSO_THREADED.into_iter().flat_map(|name| ["--example", name]);
     compile(&manifest, &built, THREADS, &["-p", "handlers"].into_iter().chain(also).collect::<Vec<_>>());
 
-    let foreign_threads = install(&built, FOREIGN_THREADS);
+    let (package, version) = FOREIGN_THREADS;
+    let foreign_threads = install(&built, THREADS, (package, version, package));
+    let foreign_commands = FOREIGN_COMMANDS.map(|program| (program.2, install(&built, MODULE, program)));
 
     fs::create_dir_all(&guests).unwrap_or_else(|error| panic!("{}: {error}", guests.display()));
     println!("cargo::rustc-env=GUESTS={}", guests.display());
@@ -109,6 +114,9 @@ fn main() {
     }
     for name in THREADED_COMMANDS {
         publish(variable(name), threaded.join(format!("{name}.wasm")), guests.join(format!("{name}.wasm")));
+    }
+    for (name, program) in foreign_commands {
+        publish(variable(name), program, guests.join(format!("{name}.wasm")));
     }
     publish(variable("foreign-threads"), foreign_threads, guests.join("foreign-threads.wasm"));
     for name in HTTP_COMMANDS {
@@ -161,15 +169,15 @@ fn compile(manifest: &Path, built: &Path, target: &str, what: &[&str]) {
     run(cargo, &format!("the guests do not compile for {target}"));
 }
 
-/// Builds a program from the registry for threads, unless it was built before. Where it is.
-fn install(built: &Path, (name, version): (&str, &str)) -> PathBuf {
-    let root = built.join(format!("{name}-{version}"));
+/// Builds a program from the registry, with its own lock file, unless it was built before. Where it is.
+fn install(built: &Path, target: &str, (package, version, name): (&str, &str, &str)) -> PathBuf {
+    let root = built.join(format!("{package}-{version}"));
     let program = root.join(format!("bin/{name}.wasm"));
     if !program.exists() {
         let mut cargo = Command::new(env::var_os("CARGO").expect("cargo sets CARGO"));
-        cargo.args(["install", name, "--version", version, "--locked", "--no-track", "--target", THREADS, "--root"]);
+        cargo.args(["install", package, "--version", version, "--locked", "--no-track", "--target", target, "--root"]);
         cargo.arg(root).arg("--target-dir").arg(built);
-        run(cargo, &format!("{name} does not compile for {THREADS}"));
+        run(cargo, &format!("{package} does not compile for {target}"));
     }
     program
 }

@@ -157,6 +157,12 @@ pub const SUM_COMMAND: &str = env!("SUM_COMMAND");
 /// hashes of its files.
 pub const FOREIGN_THREADS: &str = env!("FOREIGN_THREADS");
 
+/// Command that others wrote: ripgrep, as it was published.
+pub const RG: &str = env!("RG");
+
+/// Command that others wrote: `hexyl`, as it was published.
+pub const HEXYL: &str = env!("HEXYL");
+
 /// Handler: blurs a picture, the chunks of a PGM, into the output.
 pub const BLUR: &str = env!("BLUR");
 
