@@ -17,7 +17,7 @@ use guest_artifacts::{
     CRASH_AT_START, ECHO, HELLO, HELLO_HTTP, HOSTILE, HOSTILE_COMMAND, HOSTILE_COMMAND_P1, SLOW, WHOAMI,
 };
 use wrun::{
-    Cache, Cluster, Error, Isolation, Run,
+    Cache, Cluster, Error, Isolation, Run, ci,
     cluster::{Answer, Builder, Interrupt},
     event::Event,
     grant::{Denied, Grants},
@@ -408,6 +408,32 @@ fn what_a_port_has_not_is_refused() {
             assert!(error.to_string().contains(reason), "{error}");
         }
     });
+}
+
+#[test]
+fn jobs_are_run_and_told_of() {
+    let folder = tempfile::tempdir().unwrap();
+    let job = |id: &str, args: &str| format!("[[job]]\nid = '{id}'\nwasm = '{HOSTILE_COMMAND}'\nargs = [{args}]\n");
+    let text = format!("version = 1\n{}{}", job("good", "'say', 'hello'"), job("bad", "'trap'"));
+    let file = folder.path().join("wrun-ci.toml");
+    fs::write(&file, text).unwrap();
+    let jobs = || ci::Builder::new(&file).program(WRUN).cache(cache());
+    let mut told = vec![];
+    let done =
+        ci::run(jobs().plan().unwrap(), |event| told.push(event.json("x")["t"].as_str().unwrap().to_owned())).unwrap();
+    assert_eq!((done.record.exit, done.record.counts().get(ci::Status::Trap)), (100, 1));
+    assert_eq!(told.iter().filter(|kind| *kind == "job.end").count(), 2);
+    assert_eq!(ci::RunRecord::read(&folder.path().join("artifacts")), Some(done.record));
+    assert_eq!(ci::log_tail(&folder.path().join("artifacts/logs/good.stdout")), "hello");
+    let selection = ci::Selection { filter: Some("id(goo*)".parse().unwrap()), ..ci::Selection::default() };
+    let planned = jobs().selection(selection).plan().unwrap();
+    assert_eq!((planned.list()[0].job.as_str(), planned.unselected()), ("good", 1));
+    assert_eq!(ci::run(planned, |_| {}).unwrap().record.exit, 0);
+    let none = ci::Selection { filter: Some("!all()".parse().unwrap()), ..ci::Selection::default() };
+    assert!(matches!(ci::run(jobs().selection(none).plan().unwrap(), |_| {}), Err(ci::Error::Nothing)));
+    fs::write(&file, "version = 1\n[[jbo]]").unwrap();
+    let Err(ci::Error::File { flaws, .. }) = jobs().plan() else { panic!("it is no job file") };
+    assert_eq!((flaws[0].line, flaws[0].column, flaws.len()), (Some(2), 3, 1));
 }
 
 #[test]

@@ -32,7 +32,10 @@ use std::{
     time::Duration,
 };
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sockopt};
+use rustix::{
+    net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sockopt},
+    process::{Resource, Rlimit, getrlimit, setrlimit},
+};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use tokio::{
@@ -135,6 +138,13 @@ const FRAME_SLACK: u32 = 256 << 10;
 /// The longest body of a frame from a child whose messages have at most so many bytes.
 pub(crate) fn body_max(message_max: Bytes) -> u32 {
     u32::try_from(message_max.0).unwrap_or(u32::MAX).saturating_add(FRAME_SLACK)
+}
+
+/// Lets this process have as many descriptors as its user may: each child takes some.
+pub(crate) fn raise_descriptors() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    // without it there is room for fewer children
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
 /// What runs on the thread that asks for it.

@@ -9,8 +9,6 @@ use std::{
     time::Duration,
 };
 
-use rustix::process::{Pid, WaitOptions, waitpid};
-
 use crate::harness::{Probe, WRUN, compare, spread, time};
 
 /// How many jobs there are.
@@ -66,18 +64,17 @@ fn ci(folder: &Path) -> Command {
 
 /// A crate with so many tests that do nothing, built; none without `cargo nextest`.
 fn nextest() -> Option<PathBuf> {
-    let is_there = Command::new("cargo").args(["nextest", "--version"]).stdout(Stdio::null()).stderr(Stdio::null());
-    if !{ is_there }.status().is_ok_and(|status| status.success()) {
+    if !Command::new("cargo").args(["nextest", "--version"]).output().is_ok_and(|output| output.status.success()) {
         return None;
     }
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bench-ci-nextest");
     fs::create_dir_all(folder.join("src")).unwrap();
     fs::write(folder.join("Cargo.toml"), "[package]\nname = \"empty\"\nedition = \"2024\"\n[workspace]\n").unwrap();
-    let tests: String = (0..JOBS).fold(String::new(), |mut text, n| {
+    let text: String = (0..JOBS).fold(String::new(), |mut text, n| {
         let _ = writeln!(text, "#[test]\nfn test_{n}() {{}}");
         text
     });
-    fs::write(folder.join("src/lib.rs"), tests).unwrap();
+    fs::write(folder.join("src/lib.rs"), text).unwrap();
     assert!(tests(&folder).arg("--no-run").status().unwrap().success());
     Some(folder)
 }
@@ -104,11 +101,10 @@ fn whole(command: &mut Command) -> f64 {
 
 /// The most memory that the runner itself had, in MiB.
 fn peak(folder: &Path) -> f64 {
-    let child = ci(folder).stdout(Stdio::null()).spawn().unwrap();
+    let mut child = ci(folder).stdout(Stdio::null()).spawn().unwrap();
     let status = format!("/proc/{}/status", child.id());
     let mut most = 0.0;
-    let pid = Pid::from_child(&child);
-    while waitpid(Some(pid), WaitOptions::NOHANG).is_ok_and(|ended| ended.is_none()) {
+    while child.try_wait().unwrap().is_none() {
         let text = fs::read_to_string(&status).unwrap_or_default();
         let kib =
             text.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse::<f64>().ok());

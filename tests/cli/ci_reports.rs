@@ -1,4 +1,4 @@
-//! What a run tells: lines, JUnit, JSON lines, a summary, a page; whatever guests print.
+//! What a run tells: lines, reports and a page; whatever guests print.
 
 use std::{
     fs,
@@ -55,7 +55,7 @@ fn is_required() -> bool {
     std::env::var_os("REPORT_READERS").is_some_and(|readers| readers == "required")
 }
 
-/// A Python that has what reads JUnit reports, made once.
+/// A Python that has what reads reports, made once.
 fn python() -> Option<&'static Path> {
     static PYTHON: OnceLock<Option<PathBuf>> = OnceLock::new();
     let made = PYTHON.get_or_init(|| {
@@ -221,6 +221,8 @@ fn secrets_are_masked_wherever_they_are_told() {
         + &job("split", &["say", "s3cr3t/va", "say", "lue+1", "trap"], "secrets = ['TOKEN']")
         + &job("reason", &["exit", "1"], "secrets = ['TOKEN']\nargs-of = 1").replace("\nargs-of = 1", "");
     let jobs = Jobs::of(text);
+    let _ =
+        jobs.wrun(&[]).env("TOKEN", "abc").run().code(96).stderr_has("the secret `TOKEN` is too short to be masked");
     let flags = ["--junit", "junit.xml", "--html", "page.html", "--json", "events", "--summary", "summary.md"];
     let ran = jobs.ran(jobs.wrun(&flags).env("TOKEN", secret).env("GITHUB_ACTIONS", "true").run()).code(100);
     assert_eq!(jobs.folder.read("artifacts/logs/whole.stdout"), "a *** b");
@@ -305,6 +307,51 @@ fn the_page_is_one_that_a_browser_shows() {
     assert!(rows >= 14, "{rows} rows");
     assert!(dom.contains("last words") && dom.contains("&lt;script&gt;alert(1)&lt;/script&gt;"));
     assert_eq!(dom.matches("<script").count(), 0);
+}
+
+#[test]
+fn a_bar_is_shown_on_a_terminal_only() {
+    let jobs = Jobs::of(hello("a", "") + &hello("b", ""));
+    // util-linux has a terminal for whoever needs one
+    let on_terminal = |env: &[(&str, &str)], flags: &str| {
+        let mut script = Command::new("script");
+        script
+            .args(["-qefc", &format!("{} ci {flags}", crate::wrun::WRUN), "/dev/null"])
+            .current_dir(jobs.folder.path("."));
+        script.env_remove("CI").env("TERM", "xterm").envs(env.iter().copied());
+        let output = script.stdin(std::process::Stdio::null()).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success() && text.contains("2 jobs: 2 passed"), "{text}");
+        (text.contains("/2 "), text.contains("\u{1b}[32;1m"))
+    };
+    assert_eq!(on_terminal(&[], ""), (true, true));
+    assert_eq!(on_terminal(&[("CI", "true")], ""), (false, true));
+    assert_eq!(on_terminal(&[("TERM", "dumb")], ""), (false, false));
+    assert_eq!(on_terminal(&[("NO_COLOR", "1")], "--progress plain"), (false, false));
+    assert!(!jobs.wrun(&[]).run().stderr_text().contains("/2 "));
+}
+
+#[test]
+fn a_folder_that_was_there_loses_nothing() {
+    let jobs =
+        Jobs::in_folder(Folder::new().folder("logs").file("logs/mine", "mine"), hello("a", "") + &hello("b", ""));
+    let _ = jobs.wrun(&["--artifacts", "."]).run().code(0);
+    assert_eq!(jobs.folder.names("logs"), ["a.stdout", "b.stdout", "mine"]);
+    // what the run before left is gone, and nothing else; such a folder is version control's as before
+    let _ = jobs.wrun(&["--artifacts", ".", "b"]).run().code(0);
+    assert_eq!(jobs.folder.names("logs"), ["b.stdout", "mine"]);
+    assert!(!jobs.folder.names(".").contains(&".gitignore".to_owned()));
+    let record = jobs.folder.read("run.json").replace("logs/b.stdout", "wrun-ci.toml");
+    fs::write(jobs.folder.path("run.json"), record).unwrap();
+    let _ = jobs.wrun(&["--artifacts", "."]).run().code(0);
+    // one run at a time
+    let slow = Jobs::of(job("a", &["sleep"], "") + &hello("b", ""));
+    let mut running = slow.wrun(&["--json", "-", "a"]).spawn();
+    while !running.stdout_line().contains("\"job.start\"") {}
+    let _ = slow.wrun(&["b"]).run().code(110).stderr_has("artifacts`: another run has it");
+    running.signal(rustix::process::Signal::TERM);
+    let _ = running.wait().code(143);
+    let _ = slow.wrun(&["b"]).run().code(0);
 }
 
 #[test]

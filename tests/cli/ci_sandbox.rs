@@ -1,6 +1,6 @@
 //! What a job may touch and spend, each limit just under and just over, and what becomes of its files.
 
-use std::{fs, io::Write as _, os::unix::fs::symlink};
+use std::{fmt::Write as _, fs, io::Write as _, os::unix::fs::symlink};
 
 use guest_artifacts::{HELLO, HEXYL, HOSTILE_COMMAND, HOSTILE_COMMAND_P1, HOSTILE_THREADS, NET, RG};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
@@ -304,7 +304,7 @@ fn programs_that_many_use_are_jobs() {
         let name = name.to_str().unwrap();
         let count = fs::read_to_string(format!("{root}/wit/{name}")).unwrap().matches("interface").count();
         if count > 0 {
-            expected += &format!("/in/{name}:{count}\n");
+            let _ = writeln!(expected, "/in/{name}:{count}");
         }
     }
     assert_eq!(jobs.folder.read("artifacts/logs/search.stdout"), expected);

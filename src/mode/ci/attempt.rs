@@ -30,7 +30,7 @@ use crate::{
     limits::Limits,
     mode::command::{ChildOutput, Command, Stdio},
     outcome::{End, LimitKind, Outcome, Stage as Step, Usage, millis},
-    process::names,
+    process::{Program, names},
     sandbox::{self, Code, Identity, LoadError, Network, OutputSink, Roots, Sandbox, Setup, open_file},
     signal::Signal,
 };
@@ -55,6 +55,8 @@ pub(super) struct Context {
     /// Where files are staged.
     pub(super) work: PathBuf,
     pub(super) grace: Duration,
+    /// What processes are made of.
+    pub(super) program: Program,
 }
 
 /// How an attempt ended.
@@ -319,6 +321,9 @@ async fn in_process(
     command.arg0(&job.id).args(job.args.iter().map(|arg| at_attempt(arg, number)));
     command.grants(grants(context, job, stage, number)).limits(limits).isolation(job.isolation);
     command.kill_signal(Signal::TERM).grace(context.grace);
+    if let Program::At(path) = &context.program {
+        command.program(path);
+    }
     let refusals = denied.clone();
     command.on_denied(move |denied| refusals.lock().unwrap_or_else(PoisonError::into_inner).push(denied.clone()));
     let started = stdin(job, number).and_then(|stdin| {
@@ -372,11 +377,15 @@ async fn grown(job: &Job, stage: &Stage) -> String {
     if !stage.is_writable() {
         return std::future::pending().await;
     }
+    let mut pause = LOOK;
     loop {
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(pause).await;
+        let begin = Instant::now();
         if let Err(reason) = stage.check(job.files_max) {
             return reason;
         }
+        // whoever has many files is looked at less often
+        pause = LOOK.max(begin.elapsed() * 20);
     }
 }
 

@@ -1,7 +1,7 @@
 //! The guests of all jobs: each is read and compiled once, whatever the number of jobs that run it.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     path::{Path, PathBuf},
     rc::Rc,
     sync::{Arc, mpsc},
@@ -31,6 +31,13 @@ pub(super) struct Loaded {
     pub(super) sha256: Option<String>,
     /// What can be run, or how a job ends that would run it, and why.
     pub(super) made: Result<Made, (Status, String)>,
+}
+
+impl Loaded {
+    /// One that cannot be run.
+    pub(super) fn nothing(status: Status, reason: &str) -> Self {
+        Self { sha256: None, made: Err((status, reason.into())) }
+    }
 }
 
 /// What can be run.
@@ -70,7 +77,8 @@ pub(super) struct Guests {
 impl Guests {
     pub(super) fn new(cache: Cache, compiler: Compiler, jobs: &[Job]) -> Self {
         // what another job makes may be another guest each time
-        let is_made = |wasm: &Path| jobs.iter().flat_map(|job| &job.outputs).any(|output| wasm.starts_with(&output.to));
+        let made: HashSet<&Path> = jobs.iter().flat_map(|job| &job.outputs).map(|output| &*output.to).collect();
+        let is_made = |wasm: &Path| wasm.ancestors().any(|path| made.contains(path));
         let keys = jobs.iter().filter(|job| !is_made(&job.wasm)).map(key);
         let known = keys.map(|key| (key, Rc::default())).collect();
         Self { cache, compiler, compiling: Semaphore::new(cores() as usize), known }
@@ -93,7 +101,7 @@ impl Guests {
     async fn load(&self, key: &Key) -> Loaded {
         let guest = match Guest::read(&key.wasm) {
             Ok(guest) => guest,
-            Err(error) => return Loaded { sha256: None, made: Err((Status::Compile, error.to_string())) },
+            Err(error) => return Loaded::nothing(Status::Compile, &error.to_string()),
         };
         let sha256 = Some(hex(&guest.digest()));
         let _turn = self.compiling.acquire().await;

@@ -36,8 +36,7 @@ pub fn init(folder: &Path, runs: impl Fn(&Path) -> bool) -> (String, usize) {
     (text, guests.len())
 }
 
-const HEAD: &str = r#"#:schema wrun-ci.schema.json
-# Jobs for `wrun ci`. `wrun ci check` says what is wrong here, `wrun ci schema` what can be said.
+const HEAD: &str = r#"# Jobs for `wrun ci`. `wrun ci check` says what is wrong here, and `wrun ci schema` prints a schema for editors.
 version = 1
 
 [run]

@@ -55,6 +55,7 @@ pub use self::{
 };
 use self::{
     file::{FILE_MAX, JobFile},
+    mask::SECRET_MIN,
     plan::{Plan, Retries},
 };
 use crate::{limits::CompileLimits, process::Program, sandbox::Cache, settings::Flaw};
@@ -325,6 +326,11 @@ impl Builder {
             for (key, names) in [("secrets", &job.secrets), ("env-pass", &job.env_pass)] {
                 for name in names.iter().filter(|name| !env.contains_key(*name)).cloned().collect::<Vec<_>>() {
                     match env::var(&name) {
+                        Ok(value) if key == "secrets" && value.len() < SECRET_MIN => {
+                            let expected = format!("expected {SECRET_MIN} bytes or more");
+                            let message = format!("the secret `{name}` is too short to be masked: {expected}");
+                            flaws.push(Flaw::at(&text, job.places[key].clone(), message));
+                        }
                         Ok(value) => _ = env.insert(name, value),
                         Err(error) => {
                             let message = format!("the variable `{name}` is to be passed on: {error}");

@@ -218,9 +218,10 @@ impl Plan {
 
     /// Sees that the files are there that jobs are made of.
     pub(super) fn check_files(&self, text: &str) -> Vec<Flaw> {
-        let made: Vec<&Path> = self.jobs.iter().flat_map(|job| &job.outputs).map(|output| &*output.to).collect();
-        // another job may make it
-        let is_made = |path: &Path| made.iter().any(|made| path.starts_with(made) || made.starts_with(path));
+        let made = || self.jobs.iter().flat_map(|job| &job.outputs).map(|output| &*output.to);
+        let (whole, parts): (HashSet<_>, HashSet<_>) = (made().collect(), made().flat_map(Path::ancestors).collect());
+        // another job may make it, what it lies in, or what lies in it
+        let is_made = |path: &Path| parts.contains(path) || path.ancestors().any(|path| whole.contains(path));
         let mut flaws = vec![];
         for job in &self.jobs {
             let mut expected = |key: &'static str, what: &str, path: &Path| {

@@ -29,7 +29,7 @@ use super::{
 use crate::{
     child::Compiler,
     outcome::millis,
-    process::{Isolation, runtime},
+    process::{Isolation, raise_descriptors, runtime},
     sandbox::ENGINE,
     settings::Flaw,
     signal::Signals,
@@ -59,7 +59,12 @@ pub fn run(planned: Planned, tell: impl FnMut(&Event)) -> Result<Done, Error> {
     if !planned.chosen.contains(&true) {
         return Err(Error::Nothing);
     }
-    runtime()?.block_on(LocalSet::new().run_until(drive(planned, tell)))
+    raise_descriptors();
+    let runtime = runtime()?;
+    let done = runtime.block_on(LocalSet::new().run_until(drive(planned, tell)));
+    // files that are still copied, and guests in this process that wait for the system, nobody waits for
+    runtime.shutdown_background();
+    done
 }
 
 /// Compiles the guests of all chosen jobs, and says which are none.
@@ -172,11 +177,8 @@ async fn drive<F: FnMut(&Event)>(planned: Planned, tell: F) -> Result<Done, Erro
     };
     of_file(&planned, loaded)?;
     let artifacts = planned.artifacts.clone();
-    report::make_folder(&artifacts).map_err(|source| Error::Report {
-        what: "to the folder",
-        path: artifacts.clone(),
-        source,
-    })?;
+    let taken = report::take_folder(&artifacts, planned.last.as_ref());
+    let _taken = taken.map_err(|source| Error::Report { what: "to the folder", path: artifacts.clone(), source })?;
     let (ended, mut came) = mpsc::unbounded_channel();
     let flaky_fails = planned.builder.flaky_fails;
     let total = planned.plan.run.total_timeout;
@@ -263,7 +265,14 @@ impl<F: FnMut(&Event)> Driver<F> {
         let mut driver = Self {
             schedule,
             guests,
-            context: Rc::new(Context { masks, env, artifacts, work, grace: settings.grace }),
+            context: Rc::new(Context {
+                masks,
+                env,
+                artifacts,
+                work,
+                grace: settings.grace,
+                program: builder.program.clone(),
+            }),
             record,
             places: at.iter().enumerate().map(|(place, at)| (*at, place)).collect(),
             running: HashMap::new(),
@@ -316,7 +325,14 @@ impl<F: FnMut(&Event)> Driver<F> {
             let start_ms = millis(self.begin.elapsed());
             tokio::task::spawn_local(async move {
                 let job = Job { limits: bounded(&job, terminate), ..job };
-                let loaded = guests.get(&job).await;
+                let mut is_over = stop.clone();
+                // one that another job has made is compiled now
+                let loaded = tokio::select! {
+                    loaded = guests.get(&job) => loaded,
+                    _ = is_over.wait_for(|is_over| *is_over) => {
+                        Rc::new(Loaded::nothing(Status::Cancelled, "the run was ended"))
+                    }
+                };
                 let attempted = attempt(&context, &job, &loaded, number, stop).await;
                 let sha256 = loaded.sha256.clone();
                 // nobody listens when the run is over

@@ -382,3 +382,27 @@ fn walk(root: &Path, visit: &mut dyn FnMut(&Path, Kind, &Path) -> Result<(), Str
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_changes_while_it_is_copied_is_noticed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (from, to) = (folder.path().join("from"), folder.path().join("to"));
+        fs::write(&from, "x".repeat(PIECE + 1)).expect("a file");
+        assert!(copy(&from, &to, OFlags::empty(), &mut |_| {}).expect("a copy"));
+        let grow =
+            || File::options().append(true).open(&from).and_then(|mut file| file.write_all(b"y")).expect("it grows");
+        // not with each piece, or it would have no end
+        assert!(
+            !copy(&from, &to, OFlags::empty(), &mut |piece| if piece.len() > 1 {
+                grow();
+            })
+            .expect("a copy")
+        );
+        let special = copy(Path::new("/dev/null"), &to, OFlags::empty(), &mut |_| {});
+        assert_eq!(special.expect_err("no file").to_string(), "it is a special file");
+    }
+}

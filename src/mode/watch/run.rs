@@ -12,7 +12,6 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::to_vec;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -34,7 +33,7 @@ use crate::{
     event,
     mode::cluster::{End, Order, Stop},
     outcome::millis,
-    process::{Isolation, channel, port, runtime, wire::Kind},
+    process::{Isolation, channel, port, raise_descriptors, runtime, wire::Kind},
     signal::Signals,
     supervisor::{Step, Supervisor},
 };
@@ -72,13 +71,6 @@ pub fn run(builder: Builder, events: impl FnMut(Event)) -> Result<End, Error> {
     raise_descriptors();
     let runtime = runtime()?;
     runtime.block_on(LocalSet::new().run_until(watch(builder, events)))
-}
-
-/// Every app has some descriptors here: as many as this user may have.
-fn raise_descriptors() {
-    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    // without it there is room for fewer apps
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
 /// What the parts tell the whole.

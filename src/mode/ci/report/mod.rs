@@ -11,10 +11,14 @@ mod svg;
 use std::{
     fs::{self, File},
     io::{self, Read, Seek, SeekFrom, Write},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
 };
 
-use rustix::fs::{Mode, OFlags};
+use rustix::{
+    fs::{FlockOperation, Mode, OFlags},
+    io::Errno,
+};
 
 pub use self::annotations::annotations;
 use crate::mode::ci::record::RunRecord;
@@ -81,17 +85,27 @@ impl RunRecord {
     }
 }
 
-/// Makes a folder of artifacts, which version control leaves alone, without the logs of a run before.
-pub(super) fn make_folder(folder: &Path) -> io::Result<()> {
+/// Takes a folder of artifacts for a run, as long as the answer is there. One that is made for that version control leaves
+/// alone; from another one the logs of the run before are removed, and nothing else.
+pub(super) fn take_folder(folder: &Path, last: Option<&RunRecord>) -> io::Result<OwnedFd> {
+    let is_new = !folder.exists();
     fs::create_dir_all(folder)?;
-    let logs = folder.join("logs");
-    match fs::symlink_metadata(&logs) {
-        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(&logs)?,
-        Ok(_) => return Err(io::Error::other("expected `logs` in it to be a folder")),
-        Err(_) => {}
+    if is_new {
+        fs::write(folder.join(".gitignore"), "*\n")?;
     }
-    let ignore = folder.join(".gitignore");
-    if ignore.exists() { Ok(()) } else { fs::write(ignore, "*\n") }
+    let taken = rustix::fs::open(folder, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    match rustix::fs::flock(&taken, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => return Err(io::Error::other("another run has it")),
+        locked => locked?,
+    }
+    let attempts = last.into_iter().flat_map(|last| &last.jobs).flat_map(|job| &job.attempts);
+    for log in attempts.flat_map(|attempt| [&attempt.stdout.log, &attempt.stderr.log]).flatten() {
+        // a record that somebody else wrote may name anything
+        if Path::new(log).parent() == Some(Path::new("logs")) {
+            let _ = fs::remove_file(folder.join(log));
+        }
+    }
+    Ok(taken)
 }
 
 /// Writes a file as a whole or not at all. A link is not followed, unless it is one of the system's own.
