@@ -132,6 +132,9 @@ fn a_time_limit_ends_threads_that_wait_sleep_and_loop() {
         }
     }
     wrun(["threads", "--timeout", "1h", HOSTILE_THREADS, "--", "clock"]).run().code(0);
+    // together they compute for longer than that
+    let ran = wrun(["threads", "--timeout", "4s", HOSTILE_THREADS, "--", "spin"]).run().code(124);
+    ran.stderr_has("hit the time limit of 4s");
 }
 
 #[test]

@@ -96,7 +96,7 @@ type Captures = [Capture; 2];
 
 /// Runs a job once.
 pub(super) async fn attempt(
-    context: &Context,
+    context: &Arc<Context>,
     job: &Job,
     loaded: &Loaded,
     number: u32,
@@ -110,33 +110,27 @@ pub(super) async fn attempt(
     };
     let captures = [capture("stdout", job.stdout_max), capture("stderr", job.stderr_max)];
     let denied = Arc::new(Mutex::new(vec![]));
-    let staged = {
-        let (job, path) = (job.clone(), context.work.join(format!("{name}{suffix}")));
-        if job.inputs.is_empty() && job.outputs.is_empty() {
-            Stage::prepare(&job, path)
-        } else {
-            let staged = tokio::task::spawn_blocking(move || Stage::prepare(&job, path)).await;
-            staged.unwrap_or_else(|error| Err(error.to_string()))
-        }
-    };
-    let (mut verdict, usage, captures, staged) = match (staged, &loaded.made) {
-        (Err(reason), _) => (Verdict::of(Status::Infra, reason), Usage::default(), captures, None),
-        (_, Err((status, reason))) => (Verdict::of(*status, reason), Usage::default(), captures, None),
-        (Ok(stage), Ok(made)) => {
-            let this = Try { context, job, number, denied: &denied, stop };
-            let (ran, captures) = match made {
-                Made::Process(code) => in_process(this, code, &stage, captures).await,
-                Made::Thread(sandbox, _) => here(this, sandbox, &stage, captures).await,
-            };
-            let usage = ran.0.as_ref().map(|outcome| outcome.usage).unwrap_or_default();
-            (verdict(job, ran), usage, captures, Some(stage))
-        }
+    let (verdict, usage, captures, stage) = match &loaded.made {
+        Err((status, reason)) => (Verdict::of(*status, reason), Usage::default(), captures, None),
+        Ok(made) => match prepare(job, context.work.join(format!("{name}{suffix}"))).await {
+            Err(reason) => (Verdict::of(Status::Infra, reason), Usage::default(), captures, None),
+            Ok(stage) => {
+                let this = Try { context, job, number, denied: &denied, stop };
+                let (ran, captures) = match made {
+                    Made::Process(code) => in_process(this, code, &stage, captures).await,
+                    Made::Thread(sandbox, _) => here(this, sandbox, &stage, captures).await,
+                };
+                let usage = ran.0.as_ref().map(|outcome| outcome.usage).unwrap_or_default();
+                (verdict(job, ran), usage, captures, Some(stage))
+            }
+        },
     };
     let [stdout, stderr] = captures.map(Capture::finish);
-    let mut problem = stdout.1.or(stderr.1);
-    if let Some(stage) = staged {
-        problem = problem.or(verdict.settle(context, job, &stage, &stdout.0, usage));
-    }
+    let (mut verdict, uncollected) = match stage {
+        Some(stage) => verdict.settle(context, job, stage, &stdout.0, usage).await,
+        None => (verdict, None),
+    };
+    let problem = stdout.1.or(stderr.1).or(uncollected);
     if verdict.status != Status::Pass {
         let denied = denied.lock().unwrap_or_else(PoisonError::into_inner);
         let refused: Vec<String> = denied.iter().map(|denied: &Denied| format!("; it was refused: {denied}")).collect();
@@ -175,36 +169,68 @@ impl Verdict {
 
     /// Compares with what was expected, and keeps what is to be kept. Answers what could not be, through no fault of the
     /// guest's.
-    fn settle(
-        &mut self,
+    async fn settle(
+        self,
+        context: &Arc<Context>,
+        job: &Job,
+        stage: Stage,
+        stdout: &StreamRecord,
+        usage: Usage,
+    ) -> (Self, Option<String>) {
+        if !stage.has_files() && job.expect.stdout.is_none() {
+            return self.settle_now(context, job, &stage, stdout, usage);
+        }
+        // files are read and written, and all other jobs would wait for that
+        let (context, job, stdout) = (context.clone(), job.clone(), stdout.clone());
+        let settle = move || self.settle_now(&context, &job, &stage, &stdout, usage);
+        let settled = tokio::task::spawn_blocking(settle).await;
+        settled.unwrap_or_else(|error| (Self::of(Status::Infra, error.to_string()), None))
+    }
+
+    fn settle_now(
+        mut self,
         context: &Context,
         job: &Job,
         stage: &Stage,
         stdout: &StreamRecord,
         usage: Usage,
-    ) -> Option<String> {
-        let good = self.status == Status::Pass;
-        let differs = if good { mismatch(context, job, stdout, usage) } else { None };
-        if let Some(reason) = differs {
-            (self.status, self.reason) = (Status::Mismatch, Some(reason));
-        }
-        if let (true, Err(reason)) = (good, stage.check(job.files_max)) {
-            (self.status, self.reason) = (Status::Output, Some(reason));
-            return None;
+    ) -> (Self, Option<String>) {
+        if self.status == Status::Pass {
+            let differs = mismatch(context, job, stdout, usage).map(|reason| (Status::Mismatch, reason));
+            let is_full = || stage.check(job.files_max).err().map(|reason| (Status::Output, reason));
+            if let Some((status, reason)) = differs.or_else(is_full) {
+                (self.status, self.reason) = (status, Some(reason));
+            }
         }
         // what a job leaves that failed may say why
-        let is_kept = self.has_run && self.status != Status::Output;
-        match if is_kept { stage.collect(job, &context.masks) } else { Ok(()) } {
-            Ok(()) => None,
-            Err(Uncollected::Cannot(reason)) => Some(reason),
+        if !self.has_run || self.status == Status::Output {
+            return (self, None);
+        }
+        match stage.collect(job, &context.masks) {
+            Ok(()) => (self, None),
+            Err(Uncollected::Cannot(reason)) => (self, Some(reason)),
             Err(Uncollected::Refused(reason)) => {
                 if self.status == Status::Pass {
                     (self.status, self.reason) = (Status::Output, Some(reason));
                 }
-                None
+                (self, None)
             }
         }
     }
+}
+
+/// Stages a job's files.
+///
+/// # Errors
+/// Names what could not be copied.
+async fn prepare(job: &Job, folder: PathBuf) -> Result<Stage, String> {
+    if job.inputs.is_empty() && job.outputs.is_empty() {
+        return Stage::prepare(job, folder);
+    }
+    // all other jobs would wait for that
+    let job = job.clone();
+    let staged = tokio::task::spawn_blocking(move || Stage::prepare(&job, folder)).await;
+    staged.unwrap_or_else(|error| Err(error.to_string()))
 }
 
 /// What the end of a guest means.

@@ -476,7 +476,6 @@ impl JobFile {
     /// # Errors
     /// All that is wrong, and where.
     pub(super) fn read(text: &str, profile: Option<&Chosen>) -> Result<Self, Vec<Flaw>> {
-        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let (table, mut flaws) = parse(text);
         let span = table.span();
         let mut table = table.into_inner();

@@ -440,10 +440,15 @@ fn read(file: &Path) -> Result<String, String> {
     if metadata.len() > FILE_MAX {
         return Err(format!("expected a job file of at most {FILE_MAX} bytes, found {}", metadata.len()));
     }
-    String::from_utf8(fs::read(file).map_err(cannot)?).map_err(|error| {
+    let text = String::from_utf8(fs::read(file).map_err(cannot)?).map_err(|error| {
         let before = &error.as_bytes()[..error.utf8_error().valid_up_to()];
         let line = memchr::memchr_iter(b'\n', before).count() + 1;
         format!("expected UTF-8, found other bytes in line {line}")
+    })?;
+    // editors of other systems begin with that
+    Ok(match text.strip_prefix('\u{feff}') {
+        Some(text) => text.into(),
+        None => text,
     })
 }
 

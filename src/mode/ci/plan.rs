@@ -166,7 +166,8 @@ impl Plan {
     /// # Errors
     /// All that is wrong, and where.
     pub(super) fn of(file: JobFile, text: &str, folder: &Path) -> Result<Self, Vec<Flaw>> {
-        let mut planner = Planner { text, folder, flaws: vec![] };
+        let line_ends = memchr::memchr_iter(b'\n', text.as_bytes()).collect();
+        let mut planner = Planner { text, line_ends, folder, flaws: vec![] };
         let run = planner.run(&file.run);
         let mut ids = HashMap::<String, Vec<usize>>::new();
         let (mut jobs, mut needs) = (vec![], vec![]);
@@ -255,6 +256,7 @@ impl Plan {
 /// Makes a plan, and notes what is wrong.
 struct Planner<'a> {
     text: &'a str,
+    line_ends: Vec<usize>,
     folder: &'a Path,
     flaws: Vec<Flaw>,
 }
@@ -362,7 +364,7 @@ impl Planner<'_> {
         let job = Job {
             id: own.id.clone(),
             name,
-            line: self.text[..places.head.start.min(self.text.len())].matches('\n').count() + 1,
+            line: self.line_ends.partition_point(|end| *end < places.head.start) + 1,
             wasm: here(&wasm_text),
             wasm_text,
             sha256: own.sha256.as_ref().map(|digits| digits.to_ascii_lowercase()),

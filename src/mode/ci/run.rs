@@ -4,6 +4,7 @@ use std::{
     collections::HashMap,
     future::poll_fn,
     rc::Rc,
+    sync::Arc,
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -151,7 +152,7 @@ struct Driver<F> {
     plan: Rc<Plan>,
     schedule: Schedule,
     guests: Rc<Guests>,
-    context: Rc<Context>,
+    context: Arc<Context>,
     record: RunRecord,
     /// Where a job is in the record.
     places: HashMap<usize, usize>,
@@ -265,7 +266,7 @@ impl<F: FnMut(&Event)> Driver<F> {
         let mut driver = Self {
             schedule,
             guests,
-            context: Rc::new(Context {
+            context: Arc::new(Context {
                 masks,
                 env,
                 artifacts,

@@ -100,12 +100,17 @@ impl Stage {
         Ok(Self { folder: Some(folder), dirs: dirs.into_values().collect() })
     }
 
+    /// Whether there are any.
+    pub(super) fn has_files(&self) -> bool {
+        self.folder.is_some()
+    }
+
     /// Whether the guest can write to any of them.
     pub(super) fn is_writable(&self) -> bool {
         self.dirs.iter().any(|dir| !dir.read_only)
     }
 
-    /// How much the guest has written is too much, if it is.
+    /// Sees that the guest has not written too much.
     ///
     /// # Errors
     /// Says of what it is too much.
@@ -119,7 +124,7 @@ impl Stage {
         Ok(())
     }
 
-    /// Keeps what the guest has left where outputs are declared. Answers whether it kept something of each that is required.
+    /// Keeps what the guest has left where outputs are declared.
     ///
     /// # Errors
     /// What of it is not taken, or cannot be written.

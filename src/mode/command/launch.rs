@@ -11,7 +11,7 @@ use std::{
 use crate::{
     Error,
     buffer::{self, BUFFERS_MAX, Named},
-    child::{CommandConfig, Compiler, MapConfig, THREAD_STACK, Workers, entry, jail_of, with_windows},
+    child::{CommandConfig, Compiler, MapConfig, THREAD_STACK, Workers, cores, entry, jail_of, with_windows},
     grant::{Denied, GrantError, Grants, REFUSALS_MAX},
     limits::{Bytes, CompileLimits, Limits},
     message::Message,
@@ -166,8 +166,9 @@ impl Settings {
             (&inspection, code.size().map_err(Error::io("look at the compiled guest"))?),
             None,
         );
-        // should this process be stopped, the kernel's clock goes on
-        jail.bounds.cpu = self.limits.timeout.map(|timeout| timeout.saturating_add(BACKSTOP));
+        // should this process be stopped, the kernel's clock goes on; it counts what all threads use together
+        let at_once = if inspection.has_threads() || extra.map.is_some() { cores() } else { 1 };
+        jail.bounds.cpu = self.limits.timeout.map(|timeout| timeout.saturating_add(BACKSTOP).saturating_mul(at_once));
         if self.grants.dirs.iter().all(|dir| dir.read_only) {
             // the only files that it can write are those that its output was sent to
             jail.bounds.file_size = Bytes(u64::MAX);
