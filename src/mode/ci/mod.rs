@@ -1,7 +1,7 @@
 //! Jobs of a file, each a guest in a sandbox of its own, with a verdict and reports: `wrun ci`.
 //!
 //! A job file says which guests are run, on which files, in which order, and how they must end. [`Builder::plan`] reads it,
-//! [`run`] runs it; what happens is told as [`Event`]s, and what is left is a [`RunRecord`], `run.json` in the folder of
+//! [`run()`] runs it; what happens is told as [`Event`]s, and what is left is a [`RunRecord`], `run.json` in the folder of
 //! artifacts, from which the other reports are made.
 //!
 //! ```no_run
