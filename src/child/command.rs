@@ -67,6 +67,8 @@ pub(crate) struct CommandConfig {
     pub(crate) buffers: Vec<(String, usize)>,
     /// How the chunks of the first of these are handed to it; none when it runs by itself.
     pub(crate) map: Option<MapConfig>,
+    /// Whether it sees to its time limit itself. The primary's clock comes after.
+    pub(crate) ends_itself: bool,
     /// What its process may do.
     pub(crate) jail: Jail,
 }
@@ -133,7 +135,12 @@ fn run(
     let (mapped, runtime, runtimes, network, cwd) = enter(&config.jail, out, || {
         let engine = config.engine.engine(&code.inspection).map_err(|error| broken(format!("{error:#}")))?;
         // the runtime makes sockets for itself
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        if config.ends_itself {
+            // whenever its guest gives way its clock is looked at
+            runtime.event_interval(1);
+        }
+        let runtime = runtime.enable_all().build();
         let runtimes = map::runtimes(config.map.map_or(0, |map| map.workers));
         let runtimes = runtimes.map_err(|error| broken(error.to_string()))?;
         let network = Network::prepare(&config.grants, names, &config.roots, tell);
@@ -149,6 +156,7 @@ fn run(
         cwd: cwd.map(Arc::new),
         network: Arc::new(network),
         buffers: buffers.clone(),
+        ends_itself: config.ends_itself,
         // what its connections wait for is waited for there, too
         shares_thread: !config.jail.ports.is_empty(),
         ..Setup::alone(config.grants, config.limits, config.args, config.identity)

@@ -293,6 +293,7 @@ impl Worker {
             mailbox: Some(Arc::new(Outbox(out.clone()))),
             cwd: None,
             shares_thread: config.concurrency > 1 || matches!(work, Work::Port(_)),
+            ends_itself: false,
             head_max,
             network: Arc::new(network),
             buffers: Arc::new(Buffers::of(buffers)),

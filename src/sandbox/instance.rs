@@ -47,6 +47,10 @@ use crate::{
     },
 };
 
+/// After so much fuel a guest gives way that sees to its own time: less than a millisecond of computation, beside which that
+/// costs nothing.
+const FUEL_SLICE: u64 = 500_000;
+
 /// What an instance is started with.
 #[derive(Clone)]
 pub(crate) struct Setup {
@@ -68,6 +72,9 @@ pub(crate) struct Setup {
     pub(crate) cwd: Option<Arc<OpenCwd>>,
     /// Whether others wait for the thread that it runs on: then what blocks is done on another one.
     pub(crate) shares_thread: bool,
+    /// Whether a run sees to its time limit, and then knows what it used: one that gives way when its fuel is metered, or at
+    /// the ticks of its engine. Whoever started it must see to it none the less: what blocks the thread gives way to nobody.
+    pub(crate) ends_itself: bool,
     /// The longest head of a request that its port lets through; 0 without a port.
     pub(crate) head_max: limits::Bytes,
     /// What it reaches of the network.
@@ -132,6 +139,7 @@ impl Setup {
             mailbox: None,
             cwd: None,
             shares_thread: false,
+            ends_itself: false,
             head_max: limits::Bytes(0),
             network: Arc::default(),
             buffers: Arc::default(),
@@ -397,6 +405,10 @@ impl Instance {
         let mut store = Store::new(engine, state);
         store.limiter(|state| &mut state.limiter);
         store.set_max_component_handles(RESOURCES_MAX);
+        if setup.ends_itself {
+            // fails when fuel is not metered: then there are ticks, or nobody to give way to
+            let _ = store.fuel_async_yield_interval(Some(FUEL_SLICE));
+        }
         refill(&mut store, setup);
         let made = match program {
             Program::Handler(pre) => pre.instantiate_async(&mut store).await.map(Entry::Handler),
@@ -497,21 +509,28 @@ impl Instance {
     ///
     /// # Panics
     /// When the guest is no command: the caller has looked.
-    pub(crate) async fn run(mut self) -> Outcome {
-        let result = match &self.entry {
-            Entry::Command(guest) => match guest.wasi_cli_run().call_run(&mut self.store).await {
-                Ok(result) => Ok(i32::from(result.is_err())),
-                Err(error) => Err(error),
-            },
-            Entry::Module(start) => start.call_async(&mut self.store, ()).await.map(|()| 0),
-            Entry::Handler(_) | Entry::Http(_) => unreachable!("only commands are run"),
+    pub(crate) async fn run(self) -> Outcome {
+        let Self { mut store, entry, started, .. } = self;
+        let setup = store.data().setup.clone();
+        let call = async {
+            match &entry {
+                Entry::Command(guest) => {
+                    guest.wasi_cli_run().call_run(&mut store).await.map(|result| i32::from(result.is_err()))
+                }
+                Entry::Module(start) => start.call_async(&mut store, ()).await.map(|()| 0),
+                Entry::Handler(_) | Entry::Http(_) => unreachable!("only commands are run"),
+            }
         };
-        let setup = self.store.data().setup.clone();
+        let result = match setup.limits.timeout.filter(|_| setup.ends_itself) {
+            Some(timeout) => tokio::time::timeout(timeout, call).await.map_err(|_| timeout),
+            None => Ok(call.await),
+        };
         let end = match result {
-            Ok(code) => End::Exited { code },
-            Err(error) => end_of(&error, &setup.limits),
+            Ok(Ok(code)) => End::Exited { code },
+            Ok(Err(error)) => end_of(&error, &setup.limits),
+            Err(timeout) => End::Limit { limit: LimitKind::Time, allowed: format!("{timeout:?}") },
         };
-        end.with(usage(&mut self.store, self.started, &setup.limits))
+        end.with(usage(&mut store, started, &setup.limits))
     }
 }
 

@@ -43,6 +43,14 @@ fn memory_fuel_time_and_output_have_limits() {
         let ran = ends("timeout", &[("'30s'", &["sleep", "20"]), ("'200ms'", &["sleep"]), ("'200ms'", spin)], more);
         assert_eq!(ran.ends(), [("j0", "pass"), ("j1", "timeout"), ("j2", "timeout")], "{more}");
         assert_eq!(ran.end("j2").1, "hit the time limit of 200ms");
+        // what they had used by then is known
+        for id in ["j1", "j2"] {
+            let attempt = &ran.job(id)["attempts"][0];
+            assert!(
+                attempt["fuel"].as_u64() > Some(0) && attempt["memory_peak"].as_u64() > Some(0),
+                "{more}: {attempt}"
+            );
+        }
 
         let ran = ends("stdout-max", &[("'100B'", &["flood", "100"]), ("'100B'", &["flood", "101"])], more);
         assert_eq!(ran.ends(), [("j0", "pass"), ("j1", "output")], "{more}");
@@ -50,6 +58,13 @@ fn memory_fuel_time_and_output_have_limits() {
         assert_eq!(ran.job("j1")["attempts"][0]["stdout"]["bytes"], 100);
         let ran = ends("stderr-max", &[("'4B'", &["stderr", "abc"]), ("'3B'", &["stderr", "abc"])], more);
         assert_eq!(ran.ends(), [("j0", "pass"), ("j1", "output")], "{more}");
+    }
+    // one that loops before it has begun ends as well
+    let start = "(module (func $loop (loop $again (br $again))) (start $loop) (memory (export \"memory\") 1) (func (export \"_start\")))";
+    for more in BOTH {
+        let text = format!("[[job]]\nid = 'a'\nwasm = 'start.wat'\ntimeout = '200ms'\n{more}\n");
+        let ran = Jobs::in_folder(Folder::new().file("start.wat", start), text).run(&[]).code(100);
+        assert_eq!(ran.end("a"), ("timeout", "hit the time limit of 200ms"), "{more}");
     }
     // by default there is an end to it
     let ran = Jobs::of(job("a", &["flood"], "") + &job("b", &["grow"], "")).run(&[]).code(100);

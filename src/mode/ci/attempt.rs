@@ -28,7 +28,7 @@ use crate::{
     event::Stream,
     grant::{Denied, Grants},
     limits::Limits,
-    mode::command::{ChildOutput, Command, Stdio},
+    mode::command::{ChildOutput, Command, LATE, Stdio},
     outcome::{End, LimitKind, Outcome, Stage as Step, Usage, millis},
     process::{Program, names},
     sandbox::{self, Code, Identity, LoadError, Network, OutputSink, Roots, Sandbox, Setup, open_file},
@@ -346,7 +346,7 @@ async fn in_process(
     let mut command = Command::new(&job.wasm);
     command.arg0(&job.id).args(job.args.iter().map(|arg| at_attempt(arg, number)));
     command.grants(grants(context, job, stage, number)).limits(limits).isolation(job.isolation);
-    command.kill_signal(Signal::TERM).grace(context.grace);
+    command.kill_signal(Signal::TERM).grace(context.grace).ends_itself();
     if let Program::At(path) = &context.program {
         command.program(path);
     }
@@ -473,6 +473,7 @@ async fn here(
             network,
             // its clock waits for that thread
             shares_thread: true,
+            ends_itself: true,
             ..Setup::alone(grants, job.limits.clone(), args.collect(), identity)
         })
     });
@@ -493,7 +494,8 @@ async fn here(
             };
             tokio::select! {
                 outcome = sandbox.run(&setup) => (outcome, false),
-                () = tokio::time::sleep(timeout) => (out_of_time(), false),
+                // one that does not even begin to run
+                () = tokio::time::sleep(timeout.saturating_add(LATE)) => (out_of_time(), false),
                 () = printed.is_over.notified() => (End::Cancelled.with(Usage::wall(begin.elapsed())), false),
                 _ = stop.wait_for(|is_over| *is_over) => (End::Cancelled.with(Usage::wall(begin.elapsed())), true),
             }

@@ -36,6 +36,9 @@ const DESCRIPTORS_OF_A_THREAD: u64 = 8;
 /// How much of what a process warns of is told, in characters.
 const WARNING_MAX: usize = 1000;
 
+/// How much later than that of a guest that ends itself our clock is.
+pub(in crate::mode) const LATE: Duration = Duration::from_millis(250);
+
 /// How much later than our clock the kernel's is.
 const BACKSTOP: Duration = Duration::from_secs(2);
 
@@ -57,6 +60,8 @@ pub(super) struct Settings {
     pub(super) workers: Option<Workers>,
     /// What it can have windows of.
     pub(super) buffers: Named,
+    /// Whether a guest whose fuel is metered ends itself at its time limit, so that it is known what it used.
+    pub(super) ends_itself: bool,
 }
 
 /// Who hears what a guest was refused of the network.
@@ -99,6 +104,7 @@ impl Settings {
             on_denied: OnDenied::default(),
             workers: None,
             buffers: vec![],
+            ends_itself: false,
         }
     }
 
@@ -203,6 +209,7 @@ impl Settings {
             workers: self.workers,
             buffers: buffer::names(&self.buffers),
             map,
+            ends_itself: self.ends_itself,
             jail,
         };
         let body_max = body_max(self.message_max());
@@ -213,7 +220,8 @@ impl Settings {
         let fds: Vec<_> = fds.chain(names.as_ref().map(AsFd::as_fd)).collect();
         let process = Process::start(&self.compiler.program, Role::Command, &config, &fds, body_max).map_err(cannot)?;
         let limit = self.limits.timeout;
-        let clock = limit.map(|limit| process.time(limit, extra.kill_signal, extra.grace)).transpose();
+        let late = if self.ends_itself { LATE } else { Duration::ZERO };
+        let clock = limit.map(|limit| process.time(limit + late, extra.kill_signal, extra.grace)).transpose();
         Ok(Worker {
             started: Instant::now(),
             clock: clock.map_err(Error::io("start a clock"))?,

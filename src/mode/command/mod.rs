@@ -56,6 +56,7 @@ use std::{
 
 use rustix::fs::{Mode, OFlags};
 
+pub(in crate::mode) use self::launch::LATE;
 pub use self::{
     blocking::{BlockingChild, BlockingFork, TimedOut},
     child::{Child, ChildOutput, ChildStdin, Output},
@@ -380,6 +381,13 @@ impl Command {
         let code = self.load().await?;
         let (worker, pipes) = self.start(&code, Mailbox::None, None, defaults)?;
         Ok(Child::new(worker, Ends::of(pipes)?, self.kill_signal, self.grace))
+    }
+
+    /// Lets a guest whose fuel is metered end itself at its time limit, so that it is known what it used. One that is blocked
+    /// there is ended a little later.
+    pub(in crate::mode) fn ends_itself(&mut self) -> &mut Self {
+        self.settings.ends_itself = true;
+        self
     }
 
     /// As [`Command::spawn_for_output`], of code that was loaded before.
