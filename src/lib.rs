@@ -31,7 +31,7 @@
 //!     command/{run; launch, child, fork, map, blocking, foreground}  compile  inspect  doctor
 //!     cluster/{builder; dispatch, pool, lines; server, serve}  threads/{builder, map}
 //!     watch/{folder, settle, settings, version, app, router, run}    (which is made of clusters)
-//!     ci/{file, plan, select, graph, schedule; guests, stage, attempt, capture, mask; run, record, report/}    (of commands)
+//!     ci/{file, plan, select, graph, schedule; guests, stage, attempt, verdict, capture, mask; run, event, record, report/}    (of commands)
 //!        │                    │
 //!        │        supervisor/{slot, restart, worker}     slots of workers: start, watch, drain, replace
 //!        │                    │

@@ -2,9 +2,11 @@
 //! schema of version 3.0 and later. That has no room for properties or lines at a `<testcase>`, so those of a job are
 //! among the properties of the suite, as in `wrun.fuel[unit (case=a)]`.
 
-use crate::mode::ci::record::{Attempt, JobRecord, RunRecord, Status, StreamRecord};
-use quick_junit::{NonSuccessKind, Report, SerializeError, TestCase, TestCaseStatus, TestRerun, TestSuite};
 use std::time::Duration;
+
+use quick_junit::{NonSuccessKind, Report, SerializeError, TestCase, TestCaseStatus, TestRerun, TestSuite};
+
+use crate::mode::ci::record::{Attempt, JobRecord, RunRecord, Status, StreamRecord};
 
 /// Stands for a tab until the document is written, since quick-junit drops tabs. It is no character of any text.
 const TAB: char = '\u{fdd0}';

@@ -1,8 +1,8 @@
 //! A run as GitHub-flavoured Markdown, for the summary of a workflow's step.
 
+use std::{cmp::Reverse, fmt::Write as _};
+
 use crate::mode::ci::record::{JobRecord, RunRecord, Status};
-use std::cmp::Reverse;
-use std::fmt::Write as _;
 
 /// The most bytes of a summary: GitHub refuses more than 1 MiB for a step.
 pub(super) const SUMMARY_MAX: usize = 900 << 10;

@@ -1,7 +1,9 @@
 //! The pictures of the HTML report: the graph of the jobs, and the timeline of the slots.
 
-use std::collections::{BTreeSet, HashMap};
-use std::fmt::Write as _;
+use std::{
+    collections::{BTreeSet, HashMap},
+    fmt::Write as _,
+};
 
 use super::html::{Escaped, class, duration, label, plural, sign};
 use crate::mode::ci::record::{Attempt, JobRecord, RunRecord, Status};
