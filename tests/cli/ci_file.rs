@@ -181,6 +181,17 @@ fn a_guest_may_be_pinned() {
     assert!(
         flaws(format!("version = 1\n{}", hello("a", "sha256 = '12'"))).contains("expected the 64 hexadecimal digits")
     );
+    // one that another job makes is looked at when it is there
+    let guest = r#"(module (memory (export "memory") 1) (func (export "_start")))"#;
+    let made = |pin: &str| {
+        let make = job("make", &["write", "/out/guest.wat", guest], "outputs = [{ from = '/out', to = 'made' }]");
+        let run = format!("[[job]]\nid = 'run'\nwasm = 'made/guest.wat'\nneeds = ['make']\nsha256 = '{pin}'\n");
+        Jobs::of(make + &run).run(&[])
+    };
+    let found = made(digest).code(101);
+    assert_eq!(found.end("run").0, "compile");
+    let pin = found.end("run").1.rsplit(' ').next().unwrap().to_owned();
+    assert_eq!(made(&pin).code(0).end("run").0, "pass");
 }
 
 #[test]

@@ -334,6 +334,10 @@ impl<F: FnMut(&Event)> Driver<F> {
                         Rc::new(Loaded::nothing(Status::Cancelled, "the run was ended"))
                     }
                 };
+                let loaded = match wrong_pin(&job, &loaded) {
+                    Some(reason) => Rc::new(Loaded::nothing(Status::Compile, &reason)),
+                    None => loaded,
+                };
                 let attempted = attempt(&context, &job, &loaded, number, stop).await;
                 let sha256 = loaded.sha256.clone();
                 // nobody listens when the run is over
