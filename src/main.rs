@@ -283,7 +283,9 @@ fn ci(args: &CiArgs, printer: Printer) -> u8 {
         Some(CiCommand::Check(file)) => file.builder().and_then(|jobs| {
             let planned = jobs.plan()?;
             planned.check()?;
-            report::result(&format!("{} jobs, and nothing wrong", planned.list().len()));
+            let jobs = planned.list().len();
+            let plural = if jobs == 1 { "" } else { "s" };
+            report::result(&format!("{jobs} job{plural}, and nothing wrong"));
             Ok(0)
         }),
         Some(CiCommand::Schema) => {

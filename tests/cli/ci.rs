@@ -209,11 +209,7 @@ fn jobs_have_what_they_are_given() {
     assert_eq!(printed["args"], json!(["args", "1", "${x}", "args"]));
     assert_eq!(printed["env"], json!({"A": "default", "B": "own 1", "PASSED": "on"}));
     // one that is to be passed on and is not there
-    let _ = jobs
-        .run(&[])
-        .finished
-        .code(96)
-        .stderr_has("the variable `PASSED` is to be passed on: environment variable not found");
+    let _ = jobs.run(&[]).finished.code(96).stderr_has("the variable `PASSED` is to be passed on, and is not set");
 }
 
 #[test]

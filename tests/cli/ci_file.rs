@@ -101,6 +101,37 @@ fn what_comes_later_is_refused_by_name() {
 }
 
 #[test]
+fn outputs_go_to_folders_of_their_own() {
+    let out = |id: &str, to: &str| hello(id, &format!("outputs = [{{ from = '/out', to = '{to}' }}]"));
+    for to in ["", ".", "./", "..", "a/../..", "/"] {
+        assert!(flaws(format!("version = 1\n{}", out("a", to))).contains("expected a folder of its own"), "{to}");
+    }
+    for to in ["artifacts", "./artifacts/", "a/../artifacts"] {
+        assert!(flaws(format!("version = 1\n{}", out("a", to))).contains("found that of all artifacts"), "{to}");
+    }
+    for (one, other) in [("out", "out"), ("out", "./a/../out/"), ("out", "out/deep"), ("out/deep", "out")] {
+        let told = flaws(format!("version = 1\n{}{}", out("a", one), out("b", other)));
+        assert!(told.contains("is where an output of"), "{told}");
+    }
+    let each = hello("a", "matrix = { n = [1, 2] }\noutputs = [{ from = '/out', to = 'out' }]");
+    assert!(flaws(format!("version = 1\n{each}")).contains("is where an output of `a (n=1)` goes"));
+    let _ = Jobs::of(out("a", "out/a") + &out("b", "out/ab") + &out("c", "artifacts/c")).run(&[]).code(0);
+}
+
+#[test]
+fn files_that_have_no_end_are_refused() {
+    let text = |key: &str, path: &str| {
+        hello("a", &format!("{key} = {{ {} = '{path}' }}", if key == "stdin" { "file" } else { "stdout" }))
+    };
+    for key in ["stdin", "expect"] {
+        for path in ["/dev/zero", ".", "none"] {
+            let told = flaws(format!("version = 1\n{}", text(key, path)));
+            assert!(told.contains(&format!("line 5, column {}: expected a file at `", key.len() + 4)), "{told}");
+        }
+    }
+}
+
+#[test]
 fn jobs_that_wait_for_each_other_are_told() {
     let cycle = hello("a", "needs = ['b']") + &hello("b", "needs = ['a']") + &hello("c", "needs = ['a']");
     assert!(flaws(format!("version = 1\n{cycle}")).contains("jobs wait for each other: a -> b -> a"));
@@ -119,6 +150,10 @@ fn a_matrix_has_so_many_cells_and_no_more() {
     assert!(flaws(format!("version = 1\n{}", of(257, 1))).contains("expected a matrix of 1 to 256 cells, found 257"));
     assert!(flaws(format!("version = 1\n{}", of(100, 100))).contains("found 10000"));
     assert!(flaws(format!("version = 1\n{}", hello("m", "matrix = {}"))).contains("found 0"));
+    assert!(
+        flaws(format!("version = 1\n{}", hello("m", "matrix = { n = [1, '1'] }")))
+            .contains("the matrix has `m (n=1)` twice")
+    );
     let some = hello("m", "matrix = { case = ['a', 'b'], size = [1, 1000], exclude = [{ case = 'b', size = 1000 }] }");
     let listed = Jobs::of(some).wrun(&["-l"]).run().code(0).stdout_text();
     assert_eq!(listed, "m (case=a,size=1)\nm (case=a,size=1000)\nm (case=b,size=1)\n");
@@ -146,6 +181,10 @@ fn check_runs_nothing_and_says_what_could_not_be_run() {
     let good = Jobs::of(job("bad", &["exit", "1"], "") + &hello("a", ""));
     let _ = good.wrun(&["check"]).run().code(0).stdout("2 jobs, and nothing wrong\n").stderr("");
     assert_eq!(good.folder.names("artifacts"), [""; 0]);
+    let one = Jobs::of(hello("a", ""));
+    let _ = one.wrun(&["check"]).run().code(0).stdout("1 job, and nothing wrong\n");
+    let handler = Jobs::of(format!("[[job]]\nid = 'a'\nwasm = '{}'\n", guest_artifacts::ECHO));
+    let _ = handler.wrun(&["check"]).run().code(96).stderr_has("line 4, column 8: expected a command guest");
     let text = "[[job]]\nid = 'a'\nwasm = 'no.wasm'\n[[job]]\nid = 'b'\nwasm = 'also.wat'\n";
     let bad =
         Jobs::in_folder(Folder::new().file("no.wasm", "no").file("also.wat", "(module (func $f (call $g)))"), text);

@@ -223,6 +223,10 @@ fn secrets_are_masked_wherever_they_are_told() {
     let jobs = Jobs::of(text);
     let _ =
         jobs.wrun(&[]).env("TOKEN", "abc").run().code(96).stderr_has("the secret `TOKEN` is too short to be masked");
+    let no_text = std::os::unix::ffi::OsStringExt::from_vec(b"hunter22\xff".to_vec());
+    let no_text: std::ffi::OsString = no_text;
+    let told = jobs.wrun(&[]).env("TOKEN", no_text).run().code(96).stderr_has("and is not UTF-8");
+    assert!(!told.stderr_text().contains("hunter22"));
     let flags = ["--junit", "junit.xml", "--html", "page.html", "--json", "events", "--summary", "summary.md"];
     let ran = jobs.ran(jobs.wrun(&flags).env("TOKEN", secret).env("GITHUB_ACTIONS", "true").run()).code(100);
     assert_eq!(jobs.folder.read("artifacts/logs/whole.stdout"), "a *** b");

@@ -212,11 +212,27 @@ fn inputs_that_lead_elsewhere_are_refused() {
 #[test]
 fn outputs_are_kept_as_a_whole_or_not_at_all() {
     let out = "outputs = [{ from = '/out', to = 'kept/deep', required = true }]";
-    let jobs = Jobs::of(job("a", &["write", "/out/x", "new"], out));
-    fs::create_dir_all(jobs.folder.path("kept/deep")).unwrap();
-    fs::write(jobs.folder.path("kept/deep/old"), "old").unwrap();
-    let _ = jobs.run(&[]).code(0);
-    assert_eq!((jobs.folder.names("kept"), jobs.folder.names("kept/deep")), (vec!["deep".into()], vec!["x".into()]));
+    let jobs = Jobs::of(job("a", &["write", "/out/${attempt}", "new"], out) + "retries = 1\nexpect = { exit = 1 }\n");
+    // a folder that it has made itself is replaced with each attempt and each run
+    for _ in 0..2 {
+        let _ = jobs.run(&[]).code(100);
+        assert_eq!(
+            (jobs.folder.names("kept"), jobs.folder.names("kept/deep")),
+            (vec!["deep".into()], vec!["2".into()])
+        );
+    }
+    // from one that was there before nothing is removed
+    fs::remove_dir_all(jobs.folder.path("artifacts")).unwrap();
+    fs::write(jobs.folder.path("kept/deep/mine"), "mine").unwrap();
+    fs::write(jobs.folder.path("kept/deep/1"), "old").unwrap();
+    for _ in 0..2 {
+        let _ = jobs.run(&[]).code(100);
+        assert_eq!(jobs.folder.names("kept/deep"), ["1", "2", "mine"]);
+        assert_eq!(
+            (jobs.folder.read("kept/deep/1"), jobs.folder.read("kept/deep/mine")),
+            ("new".into(), "mine".into())
+        );
+    }
     // what a job leaves that fails, is kept, too
     let ran = Jobs::of(job("a", &["write", "/out/x", "new"], &format!("{out}\nexpect = {{ exit = 5 }}")));
     assert_eq!(ran.run(&[]).code(100).end("a").0, "fail");
@@ -282,6 +298,9 @@ fn a_secret_in_an_output_fails_the_job() {
     let run = |jobs: &Jobs| jobs.ran(jobs.wrun(&[]).env("TOKEN", "hunter22").run());
     let ran = run(&write("the token is hunter22!"));
     assert_eq!(ran.code(100).end("a"), ("output", "a secret is in `x`"));
+    let named = Jobs::of(job("a", &["write", "/out/hunter22", "x"], out));
+    assert!(run(&named).code(100).end("a").1.ends_with("a secret is in the name of a file"));
+    assert!(!named.folder.names(".").contains(&"kept".to_owned()));
     assert_eq!(run(&write("the token is hunter2!")).code(0).end("a").0, "pass");
 }
 

@@ -186,7 +186,9 @@ fn a_slow_job_is_told_of_and_ended() {
 
 #[test]
 fn a_signal_ends_jobs_and_leaves_reports() {
-    for (signal, code, word) in [(Signal::INT, 130, "interrupted"), (Signal::TERM, 143, "terminated")] {
+    for (signal, code, word) in
+        [(Signal::INT, 130, "interrupted"), (Signal::TERM, 143, "terminated"), (Signal::HUP, 129, "hung up")]
+    {
         let text = job("a", &["sleep"], "") + &hello("b", "needs = ['a']") + &hello("c", "serial = 'x'");
         let jobs = Jobs::of(format!("[run]\njobs = 1\n{text}"));
         let mut running = jobs.wrun(&["--json", "-", "--junit", "junit.xml"]).spawn();

@@ -21,7 +21,7 @@ use super::{
     mask::Masks,
     plan::{Job, Stdin, at_attempt},
     record::{Attempt, Status, Times},
-    stage::Stage,
+    stage::{Owned, Stage},
     verdict::{Cut, Ran, Verdict, verdict},
 };
 use crate::{
@@ -53,6 +53,8 @@ pub(super) struct Context {
     /// Where files are staged.
     pub(super) work: PathBuf,
     pub(super) grace: Duration,
+    /// The folders of outputs that are wrun's own.
+    pub(super) owned: Owned,
     /// What processes are made of.
     pub(super) program: Program,
 }

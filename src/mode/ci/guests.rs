@@ -18,7 +18,7 @@ use crate::{
     limits::Bytes,
     outcome::Stage,
     process::Isolation,
-    sandbox::{Cache, Code, EngineSpec, Guest, Mapped, Sandbox, Shape},
+    sandbox::{Cache, Code, EngineSpec, Guest, LoadError, Mapped, Sandbox, Shape},
 };
 
 /// How often a guest in this process gives way.
@@ -112,6 +112,10 @@ impl Guests {
     async fn make(&self, key: &Key, guest: &Guest) -> Result<Made, Error> {
         let metered = EngineSpec { epoch_checks: key.here, fuel: true, stack: Bytes(key.stack), pool: None };
         let mut code = self.code(metered, guest).await?;
+        let (expected, found, form) = (Shape::Command, code.inspection.shape, code.inspection.form);
+        if found != Some(expected) {
+            return Err(LoadError::WrongShape { expected, found, form }.into());
+        }
         if key.here {
             if code.inspection.has_threads() {
                 return Err(Error::Usage(

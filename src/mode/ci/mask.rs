@@ -22,7 +22,10 @@ pub(super) struct Masks {
 impl Masks {
     /// Of these values.
     pub(super) fn of<'a>(secrets: impl Iterator<Item = &'a str>) -> Self {
-        let mut forms: Vec<String> = secrets.filter(|secret| secret.len() >= SECRET_MIN).flat_map(forms).collect();
+        // one of several lines is told line by line
+        let parts = |secret: &'a str| std::iter::once(secret).chain(secret.lines());
+        let parts = secrets.flat_map(parts).filter(|part| part.len() >= SECRET_MIN);
+        let mut forms: Vec<String> = parts.flat_map(forms).collect();
         forms.sort_unstable();
         forms.dedup();
         let longest = forms.iter().map(String::len).max().unwrap_or(0);
@@ -167,6 +170,13 @@ mod tests {
             assert_eq!(masked(&["hunter2", "hunter2-h"], text, cut), "a ***unter2hunter b=***", "{cut}");
             assert_eq!(masked(&[], text, cut), text);
         }
+    }
+
+    #[test]
+    fn lines_of_a_secret_are_secrets() {
+        let secret = "-----BEGIN-----\nMIIEow==\nab\n-----END-----";
+        assert_eq!(masked(&[secret], "a MIIEow== ab\n", 3), "a *** ab\n");
+        assert_eq!(masked(&[secret], &format!("<{secret}>"), 5), "<***>");
     }
 
     #[test]

@@ -336,12 +336,24 @@ impl Builder {
                         }
                         Ok(value) => _ = env.insert(name, value),
                         Err(error) => {
-                            let message = format!("the variable `{name}` is to be passed on: {error}");
+                            // its value is nobody's business
+                            let why = match error {
+                                env::VarError::NotPresent => "is not set",
+                                env::VarError::NotUnicode(_) => "is not UTF-8",
+                            };
+                            let message = format!("the variable `{name}` is to be passed on, and {why}");
                             flaws.push(Flaw::at(&text, job.places[key].clone(), message));
                         }
                     }
                 }
             }
+        }
+        let outputs = plan.jobs.iter().flat_map(|job| job.outputs.iter().map(move |output| (output, job)));
+        let whole = std::path::absolute(&artifacts).unwrap_or_else(|_| artifacts.clone());
+        for (output, job) in outputs.filter(|(output, _)| whole.starts_with(&output.to)) {
+            let message =
+                format!("expected a folder of its own, found that of all artifacts: `{}`", output.to.display());
+            flaws.push(Flaw::at(&text, job.places["outputs"].clone(), message));
         }
         if !flaws.is_empty() {
             return Err(of_file(flaws));

@@ -203,6 +203,8 @@ impl Plan {
             let place = jobs[cycle[0]].places["needs"].clone();
             planner.flaw(place, format!("jobs wait for each other: {}", names.join(" -> ")));
         }
+        planner.check_cells(&jobs);
+        planner.check_outputs(&jobs);
         let mut flaws = planner.flaws;
         if !flaws.is_empty() {
             // each cell of a matrix has the same
@@ -226,8 +228,11 @@ impl Plan {
         let mut flaws = vec![];
         for job in &self.jobs {
             let mut expected = |key: &'static str, what: &str, path: &Path| {
-                if !path.exists() && !is_made(path) {
-                    let message = format!("expected {what} at `{}`, found none", path.display());
+                // what is read as a whole must have an end
+                let is_wrong = what == "a file" && path.exists() && !path.is_file();
+                if is_wrong || !path.exists() && !is_made(path) {
+                    let found = if is_wrong { "something else" } else { "none" };
+                    let message = format!("expected {what} at `{}`, found {found}", path.display());
                     flaws.push(Flaw::at(text, job.places[key].clone(), message));
                 }
             };
@@ -273,6 +278,10 @@ impl Planner<'_> {
         };
         if !(1..=SLOTS_MAX).contains(&slots) {
             self.flaws.push(Flaw::of_all(format!("expected 1 to {SLOTS_MAX} `jobs` in `[run]`, found {slots}")));
+        }
+        let is_nothing = table.total_timeout.is_some_and(|total| total.is_zero());
+        if is_nothing || matches!(table.fail_fast, Some(FailFast::After(MaxFail { max_fail: 0 }))) {
+            self.flaws.push(Flaw::of_all("expected more than nothing for `total-timeout` and `max-fail` in `[run]`"));
         }
         let slow_period = table.slow.period.unwrap_or(Duration::from_secs(20));
         if slow_period.is_zero() || table.slow.terminate_after == Some(0) {
@@ -361,6 +370,10 @@ impl Planner<'_> {
         };
         let folder = self.folder;
         let here = |path: &str| folder.join(path);
+        let given = own.args.iter().chain(shared.env.values());
+        if given.into_iter().any(|text| text.contains('\0')) {
+            self.flaw(places.of("args"), "expected `args` and `env` without the character NUL");
+        }
         let job = Job {
             id: own.id.clone(),
             name,
@@ -381,7 +394,7 @@ impl Planner<'_> {
                 .into_iter()
                 .map(|(from, to, output)| Output {
                     from,
-                    to: here(&to),
+                    to: plain(&here(&to)),
                     max: output.max.unwrap_or(files_max),
                     required: output.required,
                 })
@@ -408,12 +421,43 @@ impl Planner<'_> {
                 Some(IsolationWord::Process) => Isolation::Process,
                 Some(IsolationWord::Thread) => Isolation::Thread,
             },
-            places: ["wasm", "sha256", "stdin", "inputs", "expect", "needs", "secrets", "env-pass"]
-                .map(|key| (key, places.of(key)))
-                .into(),
+            places: [
+                "wasm", "sha256", "stdin", "inputs", "outputs", "expect", "needs", "matrix", "secrets", "env-pass",
+            ]
+            .map(|key| (key, places.of(key)))
+            .into(),
         };
         self.check_guest_paths(written, &job);
         job
+    }
+
+    /// Sees that no two jobs have one name.
+    fn check_cells(&mut self, jobs: &[Job]) {
+        let mut names = HashSet::new();
+        for job in jobs {
+            if !names.insert(&job.name) {
+                self.flaw(job.places["matrix"].clone(), format!("the matrix has `{}` twice", job.name));
+            }
+        }
+    }
+
+    /// Sees that outputs go to folders of their own, and to none that has all the rest in it.
+    fn check_outputs(&mut self, jobs: &[Job]) {
+        let outputs = jobs.iter().flat_map(|job| job.outputs.iter().map(move |output| (&*output.to, job)));
+        let mut outputs: Vec<(&Path, &Job)> = outputs.collect();
+        outputs.sort_by_key(|(to, _)| *to);
+        for (to, job) in &outputs {
+            if self.folder.starts_with(to) {
+                let message = format!("expected a folder of its own, found `{}`", to.display());
+                self.flaw(job.places["outputs"].clone(), message);
+            }
+        }
+        for pair in outputs.windows(2) {
+            if pair[1].0.starts_with(pair[0].0) {
+                let (to, other, job) = (pair[1].0.display(), &pair[0].1.name, pair[1].1);
+                self.flaw(job.places["outputs"].clone(), format!("`{to}` is where an output of `{other}` goes"));
+            }
+        }
     }
 
     /// What bounds a job.
@@ -562,6 +606,19 @@ impl Planner<'_> {
         }
         filled + rest
     }
+}
+
+/// A path without `.` and `..`, as far as that can be told from its text.
+fn plain(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::CurDir => {}
+            Component::ParentDir => _ = plain.pop(),
+            part => plain.push(part),
+        }
+    }
+    plain
 }
 
 /// What a text of a plan is in one attempt.

@@ -155,6 +155,9 @@ pub struct JobRecord {
     pub allow_failure: bool,
     /// How many attempts it may have.
     pub tries: u32,
+    /// The folders of its outputs that wrun has made, and may replace.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub outputs: Vec<String>,
     /// All attempts, in order; none when it was not started.
     pub attempts: Vec<Attempt>,
 }

@@ -3,14 +3,18 @@
 use std::{
     collections::HashMap,
     future::poll_fn,
+    io,
+    path::PathBuf,
     rc::Rc,
     sync::Arc,
+    task::{Context, Poll},
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use tokio::{
+    signal::{self, unix::SignalKind},
     sync::{mpsc, oneshot, watch},
     task::LocalSet,
     time::sleep_until,
@@ -18,14 +22,14 @@ use tokio::{
 
 use super::{
     Error, Event, Lines, Planned,
-    attempt::{Attempted, Context, attempt},
+    attempt::{Attempted, Context as Shared, attempt},
     guests::{Guests, Loaded},
     mask::Masks,
     plan::{Job, Plan},
     record::{Attempt, JobRecord, RunRecord, RunTimes, Status},
     report,
     schedule::{Act, Schedule},
-    stage::WorkFolder,
+    stage::{Owned, WorkFolder},
 };
 use crate::{
     child::Compiler,
@@ -130,6 +134,25 @@ fn wrong_pin(job: &Job, loaded: &Loaded) -> Option<String> {
     (pin != found).then(|| format!("`{}` is another guest: its SHA-256 is {found}", job.wasm_text))
 }
 
+/// The signals that end a run.
+struct Ends {
+    signals: Signals,
+    hangup: signal::unix::Signal,
+}
+
+impl Ends {
+    fn new() -> io::Result<Self> {
+        Ok(Self { signals: Signals::new()?, hangup: signal::unix::signal(SignalKind::hangup())? })
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<i32> {
+        match self.hangup.poll_recv(cx) {
+            Poll::Ready(Some(())) => Poll::Ready(SignalKind::hangup().as_raw_value()),
+            _ => self.signals.poll(cx),
+        }
+    }
+}
+
 /// An attempt that has ended.
 struct Ended {
     job: usize,
@@ -152,7 +175,7 @@ struct Driver<F> {
     plan: Rc<Plan>,
     schedule: Schedule,
     guests: Rc<Guests>,
-    context: Arc<Context>,
+    context: Arc<Shared>,
     record: RunRecord,
     /// Where a job is in the record.
     places: HashMap<usize, usize>,
@@ -169,7 +192,7 @@ struct Driver<F> {
 }
 
 async fn drive<F: FnMut(&Event)>(planned: Planned, tell: F) -> Result<Done, Error> {
-    let mut signals = Signals::new().map_err(crate::Error::io("listen for signals"))?;
+    let mut signals = Ends::new().map_err(crate::Error::io("listen for signals"))?;
     let guests = Rc::new(guests(&planned));
     // compiling may take long, and a signal ends it with all the rest
     let loaded = tokio::select! {
@@ -195,7 +218,11 @@ async fn drive<F: FnMut(&Event)>(planned: Planned, tell: F) -> Result<Done, Erro
                 if stopped.is_some() {
                     return Err(Error::Interrupted { signal });
                 }
-                let reason = if signal == 2 { "interrupted" } else { "terminated" };
+                let reason = match signal {
+                    1 => "hung up",
+                    2 => "interrupted",
+                    _ => "terminated",
+                };
                 stopped = Some((u8::try_from(128 + signal).unwrap_or(255), reason.into()));
                 driver.end_all(&format!("the run was {reason}"));
             }
@@ -262,16 +289,19 @@ impl<F: FnMut(&Event)> Driver<F> {
                 slots: settings.slots,
             },
         };
+        let before = last.iter().flat_map(|last| &last.jobs).flat_map(|job| &job.outputs);
+        let owned = Owned::of(before.map(PathBuf::from));
         let (stop, _) = watch::channel(false);
         let mut driver = Self {
             schedule,
             guests,
-            context: Arc::new(Context {
+            context: Arc::new(Shared {
                 masks,
                 env,
                 artifacts,
                 work,
                 grace: settings.grace,
+                owned,
                 program: builder.program.clone(),
             }),
             record,
@@ -356,7 +386,8 @@ impl<F: FnMut(&Event)> Driver<F> {
         let (now, period) = (Instant::now(), self.plan.run.slow_period);
         let mut slow = vec![];
         for (at, running) in self.running.iter_mut().filter(|(_, running)| running.slow_at <= now) {
-            running.slow_at += period;
+            // once, however long nobody has looked
+            running.slow_at = now + period;
             slow.push((*at, running.attempt, millis(running.since.elapsed())));
         }
         for (at, attempt, after_ms) in slow {
@@ -387,6 +418,8 @@ impl<F: FnMut(&Event)> Driver<F> {
         let record = &mut self.record.jobs[self.places[&job]];
         record.wasm_sha256 = sha256.or(record.wasm_sha256.take());
         record.attempts.push(attempt.clone());
+        let outputs = self.plan.jobs[job].outputs.iter().filter(|output| self.context.owned.has(&output.to));
+        record.outputs = outputs.map(|output| output.to.display().to_string()).collect();
         let acts = self.schedule.ended(job, attempt.status, Instant::now(), chance());
         self.act(acts, Some(&attempt));
     }
@@ -471,6 +504,7 @@ fn first_record(plan: &Plan, at: usize, masks: &Masks) -> JobRecord {
         reason: None,
         allow_failure: job.allow_failure,
         tries: job.retries.count.saturating_add(1),
+        outputs: vec![],
         attempts: vec![],
     }
 }

@@ -4,12 +4,13 @@
 //! plain files with plain names are taken, and only so much.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     ffi::OsStr,
     fs::{self, DirBuilder, File},
     io::{self, Read, Write},
     os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
 };
 
 use rustix::fs::{Mode, OFlags};
@@ -128,7 +129,7 @@ impl Stage {
     ///
     /// # Errors
     /// What of it is not taken, or cannot be written.
-    pub(super) fn collect(&self, job: &Job, masks: &Masks) -> Result<(), Uncollected> {
+    pub(super) fn collect(&self, job: &Job, masks: &Masks, owned: &Owned) -> Result<(), Uncollected> {
         if self.folder.is_none() {
             return Ok(());
         }
@@ -137,7 +138,11 @@ impl Stage {
             let Some(dir) = self.dirs.iter().find(|dir| dir.guest == guest) else { continue };
             let mut found = Found::default();
             let refused = |reason| Uncollected::Refused(format!("what it left in `{guest}` is not kept: {reason}"));
-            found.add(&dir.host, 0, &mut |path, is_folder| is_plain(path, is_folder)).map_err(refused)?;
+            found
+                .add(&dir.host, 0, &mut |path, is_folder| {
+                    is_plain(path, is_folder).and_then(|()| is_no_secret(path, masks))
+                })
+                .map_err(refused)?;
             found.fits(output.max).map_err(refused)?;
             if found.files == 0 {
                 if output.required {
@@ -145,10 +150,34 @@ impl Stage {
                 }
                 continue;
             }
-            keep(&dir.host, output, masks)?;
+            keep(&dir.host, output, masks, owned)?;
         }
         Ok(())
     }
+}
+
+/// The folders of outputs that wrun has made, in this run or the one before. It may replace those as a whole; in others it
+/// replaces files of the same names, and removes nothing.
+#[derive(Debug, Default)]
+pub(super) struct Owned(Mutex<HashSet<PathBuf>>);
+
+impl Owned {
+    pub(super) fn of(folders: impl IntoIterator<Item = PathBuf>) -> Self {
+        Self(Mutex::new(folders.into_iter().collect()))
+    }
+
+    pub(super) fn has(&self, folder: &Path) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(folder)
+    }
+
+    fn add(&self, folder: &Path) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(folder.to_owned());
+    }
+}
+
+fn is_no_secret(path: &Path, masks: &Masks) -> Result<(), String> {
+    let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+    if masks.find(name) { Err("a secret is in the name of a file".into()) } else { Ok(()) }
 }
 
 /// Why files are not kept.
@@ -224,32 +253,57 @@ fn is_plain(path: &Path, is_folder: bool) -> Result<(), String> {
     Ok(())
 }
 
-/// Puts the files of an output where they are to be, in place of what was there.
-fn keep(from: &Path, output: &Output, masks: &Masks) -> Result<(), Uncollected> {
+/// Puts the files of an output where they are to be.
+fn keep(from: &Path, output: &Output, masks: &Masks, owned: &Owned) -> Result<(), Uncollected> {
     let to = &output.to;
     let cannot = |error: io::Error| Uncollected::Cannot(format!("could not write to `{}`: {error}", to.display()));
     let name = to.file_name().ok_or_else(|| Uncollected::Cannot(format!("`{}` is no folder's name", to.display())))?;
     let parent = to.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(parent).map_err(cannot)?;
-    match fs::symlink_metadata(to) {
+    let is_there = match fs::symlink_metadata(to) {
         Ok(metadata) if !metadata.is_dir() => {
             return Err(Uncollected::Cannot(format!("expected a folder or nothing at `{}`", to.display())));
         }
-        _ => {}
-    }
-    let aside = parent.join(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
-    let _ = fs::remove_dir_all(&aside);
-    let aside = WorkFolder::new(aside).map_err(cannot)?;
+        found => found.is_ok(),
+    };
+    let beside = |ending: &str| parent.join(format!(".{}.{}.{ending}", name.to_string_lossy(), std::process::id()));
+    let _ = fs::remove_dir_all(beside("tmp"));
+    let aside = WorkFolder::new(beside("tmp")).map_err(cannot)?;
     copy_out(from, &aside.0, masks)?;
+    if is_there && !owned.has(to) {
+        return merge(&aside.0, to).map_err(cannot);
+    }
     let put = || -> io::Result<()> {
-        if to.exists() {
-            fs::remove_dir_all(to)?;
+        // made for nobody else; what is in it is for whoever may read the rest
+        fs::set_permissions(&aside.0, fs::metadata(parent)?.permissions())?;
+        if is_there {
+            // what was there is gone when the new is in its place, and not before
+            fs::rename(to, beside("old"))?;
         }
         fs::rename(&aside.0, to)?;
-        // made for nobody else; what is in it is for whoever may read the rest
-        fs::set_permissions(to, fs::metadata(parent)?.permissions())
+        if is_there { fs::remove_dir_all(beside("old")) } else { Ok(()) }
     };
-    put().map_err(cannot)
+    put().map_err(cannot)?;
+    owned.add(to);
+    Ok(())
+}
+
+/// Puts files into a folder that has others.
+fn merge(from: &Path, to: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        let there = fs::symlink_metadata(&target);
+        if !entry.file_type()?.is_dir() {
+            // a file takes the place of a file or a link, and of nothing else
+            fs::rename(entry.path(), &target)?;
+        } else if there.is_ok_and(|there| there.is_dir()) {
+            merge(&entry.path(), &target)?;
+        } else {
+            fs::rename(entry.path(), &target)?;
+        }
+    }
+    Ok(())
 }
 
 fn copy_out(from: &Path, to: &Path, masks: &Masks) -> Result<(), Uncollected> {

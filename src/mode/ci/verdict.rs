@@ -1,6 +1,6 @@
 //! What the end of a guest means for its job: the status, with why, and what is kept of what it left.
 
-use std::{fs, sync::Arc};
+use std::{fs, io::Read, sync::Arc};
 
 use sha2::{Digest, Sha256};
 
@@ -15,6 +15,7 @@ use super::{
 use crate::{
     Error,
     outcome::{End, LimitKind, Outcome, Stage as Step, Usage},
+    sandbox::open_file,
 };
 
 /// The largest text that is compared with what was expected.
@@ -87,7 +88,7 @@ impl Verdict {
         if !self.has_run || self.status == Status::Output {
             return (self, None);
         }
-        match stage.collect(job, &context.masks) {
+        match stage.collect(job, &context.masks, &context.owned) {
             Ok(()) => (self, None),
             Err(Uncollected::Cannot(reason)) => (self, Some(reason)),
             Err(Uncollected::Refused(reason)) => {
@@ -142,12 +143,16 @@ fn mismatch(context: &Context, job: &Job, stdout: &StreamRecord, usage: Usage) -
         return Some(format!("expected at most {most} fuel, it used {used}"));
     }
     let path = job.expect.stdout.as_ref()?;
-    let expected = match fs::metadata(path)
-        .and_then(|it| if it.len() > EXPECTED_MAX { Ok(None) } else { fs::read(path).map(Some) })
-    {
-        Ok(Some(expected)) => expected,
-        Ok(None) => return Some(format!("`{}` is too large to be compared with", path.display())),
-        Err(error) => return Some(format!("could not read `{}`: {error}", path.display())),
+    let read = || -> Result<Vec<u8>, String> {
+        let file = open_file(path).map_err(|error| error.to_string())?;
+        let mut expected = vec![];
+        file.take(EXPECTED_MAX + 1).read_to_end(&mut expected).map_err(|error| error.to_string())?;
+        let is_too_large = expected.len() as u64 > EXPECTED_MAX;
+        if is_too_large { Err("it is too large to be compared with".into()) } else { Ok(expected) }
+    };
+    let expected = match read() {
+        Ok(expected) => expected,
+        Err(reason) => return Some(format!("could not read `{}`: {reason}", path.display())),
     };
     let expected = match String::from_utf8(expected) {
         Ok(text) => context.masks.mask(&text).into_bytes(),

@@ -343,6 +343,7 @@ pub(super) mod tests {
             reason: attempt.reason.clone(),
             allow_failure: false,
             tries: 1,
+            outputs: Vec::new(),
             attempts: if started { vec![attempt] } else { Vec::new() },
         }
     }

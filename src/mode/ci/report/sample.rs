@@ -59,6 +59,7 @@ pub(super) fn job(name: &str, status: Status) -> JobRecord {
         reason: (status != Status::Pass).then(|| format!("why {}", status.word())),
         allow_failure: false,
         tries: 3,
+        outputs: Vec::new(),
         attempts,
     }
 }
