@@ -153,7 +153,12 @@ fn nothing_of_the_host_is_there() {
         let jobs = Jobs::of(allowed + &denied);
         let ran = jobs.run(&["no"]).code(100);
         assert_eq!(ran.end("no").0, "fail");
-        assert!(ran.end("no").1.contains(&format!("--tcp {address}")) || isolation.is_empty(), "{:?}", ran.end("no"));
+        assert!(
+            ran.end("no").1.contains(&format!("`network = {{ allow = [\"{address}\"] }}` would allow it"))
+                || isolation.is_empty(),
+            "{:?}",
+            ran.end("no")
+        );
         let accepts = std::thread::spawn({
             let server = server.try_clone().unwrap();
             move || server.accept().and_then(|(mut client, _)| client.write_all(b"welcome\n"))

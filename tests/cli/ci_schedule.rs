@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use guest_artifacts::RG;
 use rustix::{
     fs::{CWD, FileType, Mode, OFlags, mknodat, open},
     io::ioctl_fionread,
@@ -11,6 +12,7 @@ use serde_json::Value;
 
 use crate::{
     ci::{Jobs, Ran, hello, job},
+    supervision::children,
     wrun::{Folder, Running},
 };
 
@@ -100,7 +102,7 @@ fn parts_share_all_jobs() {
         let same = (1..=3).all(|n| part(&reversed, &format!("{kind}{n}/3")) == parts[n - 1]);
         assert_eq!(same, kind != "count:", "{kind}");
     }
-    for bad in ["0/3", "4/3", "x", "slice:1/2", "1/"] {
+    for bad in ["0/3", "4/3", "1/0", "x", "slice:1/2", "1/"] {
         let _ = jobs.wrun(&["--partition", bad]).run().code(2);
     }
 }
@@ -203,6 +205,19 @@ fn a_signal_ends_jobs_and_leaves_reports() {
         assert_eq!(ends.last().unwrap()["t"], "run.end");
         assert!(jobs.folder.read("junit.xml").contains("tests=\"3\""));
     }
+}
+
+#[test]
+fn a_signal_ends_what_is_being_compiled() {
+    let jobs = Jobs::of(format!("[[job]]\nid = 'a'\nwasm = '{RG}'\n{}", hello("b", "needs = ['a']")));
+    let mut running = jobs.wrun(&["--json", "events", "--junit", "junit.xml"]).private_cache().spawn();
+    let pid = running.pid();
+    running.until_holds("its guest is compiled", || !children(pid).is_empty());
+    running.signal(Signal::INT);
+    let ran = jobs.ran(running.wait()).code(130);
+    assert_eq!(ran.ends(), [("a", "cancelled"), ("b", "cancelled")]);
+    assert_eq!(order(&jobs, "job.end").len(), 2);
+    assert!(jobs.folder.read("junit.xml").contains("tests=\"2\""));
 }
 
 fn until_c_runs(running: &mut Running) {

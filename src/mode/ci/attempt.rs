@@ -121,7 +121,7 @@ pub(super) async fn attempt(
     let problem = stdout.1.or(stderr.1).or(uncollected);
     if verdict.status != Status::Pass {
         let denied = denied.lock().unwrap_or_else(PoisonError::into_inner);
-        let refused: Vec<String> = denied.iter().map(|denied: &Denied| format!("; it was refused: {denied}")).collect();
+        let refused: Vec<String> = denied.iter().map(refusal).collect();
         verdict.reason = verdict.reason.map(|reason| context.masks.mask(&(reason + &refused.concat())));
     }
     let attempt = Attempt {
@@ -137,6 +137,12 @@ pub(super) async fn attempt(
         times: Times { wall_ms: millis(begin.elapsed()), cpu_ms: usage.cpu_ms, ..Times::default() },
     };
     Attempted { attempt, problem }
+}
+
+/// What a job was refused, with what of its file would allow it.
+fn refusal(Denied { grant, reason }: &Denied) -> String {
+    let host = grant.rsplit(' ').next().unwrap_or_default();
+    format!("; it was refused: {reason}; `network = {{ allow = [\"{host}\"] }}` would allow it")
 }
 
 /// Stages a job's files.

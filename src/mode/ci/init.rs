@@ -18,7 +18,8 @@ const GUESTS_MAX: usize = 50;
 pub fn init(folder: &Path, runs: impl Fn(&Path) -> bool) -> (String, usize) {
     let mut guests = vec![];
     find(folder, Path::new(""), 0, &mut guests);
-    guests.retain(|guest| runs(&folder.join(guest)));
+    // a job file is a text
+    guests.retain(|guest| guest.to_str().is_some() && runs(&folder.join(guest)));
     guests.truncate(GUESTS_MAX);
     let mut text = String::from(HEAD);
     let mut ids = HashSet::new();

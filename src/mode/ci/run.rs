@@ -195,11 +195,10 @@ async fn drive<F: FnMut(&Event)>(planned: Planned, tell: F) -> Result<Done, Erro
     let mut signals = Ends::new().map_err(crate::Error::io("listen for signals"))?;
     let guests = Rc::new(guests(&planned));
     // compiling may take long, and a signal ends it with all the rest
-    let loaded = tokio::select! {
-        flaws = load(&planned, &guests) => flaws?,
-        signal = poll_fn(|cx| signals.poll(cx)) => return Err(Error::Interrupted { signal }),
+    let interrupted = tokio::select! {
+        flaws = load(&planned, &guests) => of_file(&planned, flaws?).map(|()| None)?,
+        signal = poll_fn(|cx| signals.poll(cx)) => Some(signal),
     };
-    of_file(&planned, loaded)?;
     let artifacts = planned.artifacts.clone();
     let taken = report::take_folder(&artifacts, planned.last.as_ref());
     let _taken = taken.map_err(|source| Error::Report { what: "to the folder", path: artifacts.clone(), source })?;
@@ -208,7 +207,7 @@ async fn drive<F: FnMut(&Event)>(planned: Planned, tell: F) -> Result<Done, Erro
     let total = planned.plan.run.total_timeout;
     let (mut driver, reports, work) = Driver::new(planned, guests, ended, tell)?;
     let deadline = total.map(|total| driver.begin + total);
-    let mut stopped = None::<(u8, String)>;
+    let mut stopped = interrupted.map(|signal| driver.stop(signal));
     while !driver.schedule.is_over() {
         driver.start();
         let due = driver.next_due().unwrap_or_else(|| Instant::now() + LONG);
@@ -218,13 +217,7 @@ async fn drive<F: FnMut(&Event)>(planned: Planned, tell: F) -> Result<Done, Erro
                 if stopped.is_some() {
                     return Err(Error::Interrupted { signal });
                 }
-                let reason = match signal {
-                    1 => "hung up",
-                    2 => "interrupted",
-                    _ => "terminated",
-                };
-                stopped = Some((u8::try_from(128 + signal).unwrap_or(255), reason.into()));
-                driver.end_all(&format!("the run was {reason}"));
+                stopped = Some(driver.stop(signal));
             }
             Some(ended) = came.recv() => driver.take(ended),
             () = sleep_until(deadline.unwrap_or(due).into()), if deadline.is_some() && stopped.is_none() => {
@@ -394,6 +387,17 @@ impl<F: FnMut(&Event)> Driver<F> {
             let job = self.plan.jobs[at].name.clone();
             self.tell(&Event::Slow { job, attempt, after_ms });
         }
+    }
+
+    /// Ends all for a signal. Answers the exit code, and why.
+    fn stop(&mut self, signal: i32) -> (u8, String) {
+        let reason = match signal {
+            1 => "hung up",
+            2 => "interrupted",
+            _ => "terminated",
+        };
+        self.end_all(&format!("the run was {reason}"));
+        (u8::try_from(128 + signal).unwrap_or(255), reason.into())
     }
 
     /// Starts nothing any more, and ends what runs.

@@ -201,6 +201,9 @@ impl FromStr for Partition {
         };
         let (part, of) = parts.split_once('/').ok_or_else(expected)?;
         let (part, of) = (part.parse().map_err(|_| expected())?, of.parse().map_err(|_| expected())?);
+        if of == 0 {
+            return Err(expected());
+        }
         if part == 0 || part > of {
             return Err(format!("expected a part from 1/{of} to {of}/{of}, found `{text}`"));
         }
