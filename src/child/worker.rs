@@ -116,7 +116,8 @@ pub(crate) fn jail_of(
         // what it reads or writes at once, which may be as large as its memory
         Form::Module => limits.memory.0,
     };
-    let threads = if inspection.has_threads() { limits.threads } else { 0 };
+    // one that may make none has its first, which is put on a core as all are
+    let threads = if inspection.has_threads() { limits.threads.max(1) } else { 0 };
     let kinds = u64::from(!grants.http.is_empty()) + u64::from(!grants.tcp.is_empty());
     let outgoing = concurrency * kinds * SOCKETS_MAX as u64;
     let data = [
