@@ -119,6 +119,17 @@ fn outputs_go_to_folders_of_their_own() {
 }
 
 #[test]
+fn times_without_end_are_times() {
+    let ever = "'10000000000years'";
+    let run = format!("[run]\ntotal-timeout = {ever}\nretries = {{ count = 1, delay = {ever} }}\n");
+    let slow = format!("slow = {{ period = {ever}, terminate-after = 4000000000, grace = {ever} }}\n");
+    for isolation in ["jail", "thread"] {
+        let more = format!("timeout = {ever}\nisolation = '{isolation}'");
+        let _ = Jobs::of(format!("{run}{slow}{}", hello("a", &more))).run(&[]).code(0);
+    }
+}
+
+#[test]
 fn files_that_have_no_end_are_refused() {
     let text = |key: &str, path: &str| {
         hello("a", &format!("{key} = {{ {} = '{path}' }}", if key == "stdin" { "file" } else { "stdout" }))

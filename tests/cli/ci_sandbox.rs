@@ -87,8 +87,8 @@ fn files_have_limits() {
             Folder::new().file("in/a", "x".repeat(600)),
             job(
                 "a",
-                &["fill", "/work/b", "400"],
-                &format!("files-max = '{files}'\ninputs = [{{ from = 'in', to = '/work', mode = 'rw' }}]\n{more}"),
+                &["fill", "/rw/b", "400"],
+                &format!("files-max = '{files}'\ninputs = [{{ from = 'in', to = '/rw', mode = 'rw' }}]\n{more}"),
             ),
         );
         ran.run(&[]).end("a").0.to_owned()
@@ -126,7 +126,7 @@ fn threads_have_a_limit() {
     let jobs = Jobs::of(text);
     let ran = jobs.run(&[]);
     let made = |id: &str| jobs.folder.read(&format!("artifacts/logs/{id}.stdout"));
-    assert_ne!(made("none"), made("some"), "{:?}", ran.ends());
+    assert!(made("none").starts_with("0 threads, then") && made("some").starts_with("4 threads, then"));
     assert_eq!(
         ran.end("here"),
         ("compile", "a guest with threads has a process of its own: expected `isolation = \"jail\"`")

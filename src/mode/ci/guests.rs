@@ -59,7 +59,7 @@ impl std::fmt::Debug for Made {
 
 /// What two jobs must have in common to run the same code.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Key {
+pub(super) struct Key {
     wasm: PathBuf,
     stack: u64,
     here: bool,
@@ -79,19 +79,19 @@ impl Guests {
         // what another job makes may be another guest each time
         let made: HashSet<&Path> = jobs.iter().flat_map(|job| &job.outputs).map(|output| &*output.to).collect();
         let is_made = |wasm: &Path| wasm.ancestors().any(|path| made.contains(path));
-        let keys = jobs.iter().filter(|job| !is_made(&job.wasm)).map(key);
+        let keys = jobs.iter().filter(|job| !is_made(&job.wasm)).map(Key::of);
         let known = keys.map(|key| (key, Rc::default())).collect();
         Self { cache, compiler, compiling: Semaphore::new(cores() as usize), known }
     }
 
     /// Whether a job's guest is there before anything runs.
     pub(super) fn is_known(&self, job: &Job) -> bool {
-        self.known.contains_key(&key(job))
+        self.known.contains_key(&Key::of(job))
     }
 
     /// A job's guest, read when it was not before.
     pub(super) async fn get(&self, job: &Job) -> Rc<Loaded> {
-        let key = key(job);
+        let key = Key::of(job);
         match self.known.get(&key) {
             Some(cell) => cell.get_or_init(|| async { Rc::new(self.load(&key).await) }).await.clone(),
             None => Rc::new(self.load(&key).await),
@@ -146,8 +146,10 @@ impl Guests {
     }
 }
 
-fn key(job: &Job) -> Key {
-    Key { wasm: job.wasm.clone(), stack: job.limits.stack.0, here: job.isolation == Isolation::Thread }
+impl Key {
+    pub(super) fn of(job: &Job) -> Self {
+        Self { wasm: job.wasm.clone(), stack: job.limits.stack.0, here: job.isolation == Isolation::Thread }
+    }
 }
 
 /// Who is to blame for a guest that could not be started.

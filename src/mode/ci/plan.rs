@@ -32,6 +32,9 @@ const SLOTS_MAX: u32 = 1024;
 /// Longer than this no name is.
 const NAME_MAX: usize = 64;
 
+/// No time is longer than this: a clock could not tell when it is over.
+const LONGEST: Duration = Duration::from_hours(24 * 365 * 100);
+
 /// How long a job may take that says nothing else.
 const TIMEOUT: Duration = Duration::from_mins(1);
 
@@ -80,7 +83,7 @@ impl Retries {
     /// How long to wait before the attempt after that one; `chance` is between 0 and 1.
     pub(super) fn pause(&self, attempt: u32, chance: f64) -> Duration {
         let factor = if self.exponential { 1 << attempt.saturating_sub(1).min(20) } else { 1 };
-        let pause = self.delay.saturating_mul(factor);
+        let pause = self.delay.saturating_mul(factor).min(LONGEST);
         let pause = self.max_delay.map_or(pause, |max| pause.min(max));
         if self.jitter { pause.mul_f64(1.0 - chance.clamp(0.0, 1.0) / 2.0) } else { pause }
     }
@@ -208,8 +211,7 @@ impl Plan {
         let mut flaws = planner.flaws;
         if !flaws.is_empty() {
             // each cell of a matrix has the same
-            let mut seen = HashSet::new();
-            flaws.retain(|flaw| seen.insert((flaw.line, flaw.column, flaw.message.clone())));
+            once(&mut flaws);
             return Err(flaws);
         }
         let name = file.run.name.unwrap_or_else(|| {
@@ -252,10 +254,15 @@ impl Plan {
                 }
             }
         }
-        let mut seen = HashSet::new();
-        flaws.retain(|flaw| seen.insert((flaw.line, flaw.column, flaw.message.clone())));
+        once(&mut flaws);
         flaws
     }
+}
+
+/// Leaves each flaw once.
+fn once(flaws: &mut Vec<Flaw>) {
+    let mut seen = HashSet::new();
+    flaws.retain(|flaw| seen.insert((flaw.line, flaw.column, flaw.message.clone())));
 }
 
 /// Makes a plan, and notes what is wrong.
@@ -283,7 +290,7 @@ impl Planner<'_> {
         if is_nothing || matches!(table.fail_fast, Some(FailFast::After(MaxFail { max_fail: 0 }))) {
             self.flaws.push(Flaw::of_all("expected more than nothing for `total-timeout` and `max-fail` in `[run]`"));
         }
-        let slow_period = table.slow.period.unwrap_or(Duration::from_secs(20));
+        let slow_period = table.slow.period.unwrap_or(Duration::from_secs(20)).min(LONGEST);
         if slow_period.is_zero() || table.slow.terminate_after == Some(0) {
             self.flaws.push(Flaw::of_all("expected more than nothing for `period` and `terminate-after` in `slow`"));
         }
@@ -298,9 +305,9 @@ impl Planner<'_> {
             infra_retries: table.infra_retries.unwrap_or(1),
             slow_period,
             terminate_after: table.slow.terminate_after,
-            grace: table.slow.grace.unwrap_or(Duration::from_secs(5)),
+            grace: table.slow.grace.unwrap_or(Duration::from_secs(5)).min(LONGEST),
             show: table.output.unwrap_or_default(),
-            total_timeout: table.total_timeout,
+            total_timeout: table.total_timeout.map(|total| total.min(LONGEST)),
         }
     }
 
@@ -465,7 +472,7 @@ impl Planner<'_> {
         let usual = Limits::of_a_run();
         let limits = Limits {
             memory: shared.memory.unwrap_or(usual.memory),
-            timeout: Some(shared.timeout.unwrap_or(TIMEOUT)),
+            timeout: Some(shared.timeout.unwrap_or(TIMEOUT).min(LONGEST)),
             // it is always counted
             fuel: Some(shared.fuel.unwrap_or(u64::MAX)),
             stack: shared.stack.unwrap_or(usual.stack),

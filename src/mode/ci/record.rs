@@ -240,12 +240,6 @@ impl Counts {
         self.0[status as usize]
     }
 
-    /// How many there are.
-    #[must_use]
-    pub fn total(&self) -> usize {
-        self.0.iter().sum()
-    }
-
     /// `11 passed (1 flaky), 2 failed, 1 timed out, 3 skipped`.
     #[must_use]
     pub fn words(&self) -> String {

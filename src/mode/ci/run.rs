@@ -1,7 +1,7 @@
 //! A run: jobs are started as the schedule says, on one thread, and all that happens is told and kept.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     future::poll_fn,
     io,
     path::PathBuf,
@@ -16,14 +16,14 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use tokio::{
     signal::{self, unix::SignalKind},
     sync::{mpsc, oneshot, watch},
-    task::LocalSet,
+    task::{JoinSet, LocalSet},
     time::sleep_until,
 };
 
 use super::{
     Error, Event, Lines, Planned,
     attempt::{Attempted, Context as Shared, attempt},
-    guests::{Guests, Loaded},
+    guests::{Guests, Key, Loaded},
     mask::Masks,
     plan::{Job, Plan},
     record::{Attempt, JobRecord, RunRecord, RunTimes, Status},
@@ -109,20 +109,19 @@ fn guests(planned: &Planned) -> Guests {
 /// Reads and compiles all guests that are there, as many at once as there are cores. Answers which are not those that they
 /// should be.
 async fn load(planned: &Planned, guests: &Rc<Guests>) -> Result<Vec<Flaw>, Error> {
-    let mut loading = vec![];
-    for (job, _) in planned.plan.jobs.iter().zip(&planned.chosen).filter(|(_, is)| **is) {
-        if guests.is_known(job) {
-            let (guests, job) = (guests.clone(), job.clone());
-            loading.push(tokio::task::spawn_local(async move {
-                let loaded = guests.get(&job).await;
-                (job, loaded)
-            }));
-        }
+    let chosen = || planned.plan.jobs.iter().zip(&planned.chosen).filter(|(_, is)| **is).map(|(job, _)| job);
+    let known = || chosen().filter(|job| guests.is_known(job));
+    // each once, however many jobs run it
+    let mut seen = HashSet::new();
+    let mut loading = JoinSet::new();
+    for job in known().filter(|job| seen.insert(Key::of(job))) {
+        let (guests, job) = (guests.clone(), job.clone());
+        loading.spawn_local(async move { _ = guests.get(&job).await });
     }
+    while loading.join_next().await.is_some() {}
     let mut flaws = vec![];
-    for loaded in loading {
-        let (job, loaded) = loaded.await.map_err(|error| crate::Error::Usage(error.to_string()))?;
-        if let Some(message) = wrong_pin(&job, &loaded) {
+    for job in known() {
+        if let Some(message) = wrong_pin(job, &*guests.get(job).await) {
             flaws.push(Flaw::at(&planned.text, job.places["sha256"].clone(), message));
         }
     }
@@ -340,7 +339,8 @@ impl<F: FnMut(&Event)> Driver<F> {
         while let Some((at, number)) = self.schedule.start(now) {
             let slot = self.free_slots.pop().unwrap_or_default();
             let job = self.plan.jobs[at].clone();
-            let terminate = self.plan.run.terminate_after.map(|periods| self.plan.run.slow_period * periods);
+            let terminate =
+                self.plan.run.terminate_after.map(|periods| self.plan.run.slow_period.saturating_mul(periods));
             self.tell(&Event::Start { job: job.name.clone(), attempt: number, slot });
             let slow_at = now + self.plan.run.slow_period;
             self.running.insert(at, Running { attempt: number, since: now, slow_at });

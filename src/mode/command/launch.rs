@@ -221,7 +221,8 @@ impl Settings {
         let process = Process::start(&self.compiler.program, Role::Command, &config, &fds, body_max).map_err(cannot)?;
         let limit = self.limits.timeout;
         let late = if self.ends_itself { LATE } else { Duration::ZERO };
-        let clock = limit.map(|limit| process.time(limit + late, extra.kill_signal, extra.grace)).transpose();
+        let clock =
+            limit.map(|limit| process.time(limit.saturating_add(late), extra.kill_signal, extra.grace)).transpose();
         Ok(Worker {
             started: Instant::now(),
             clock: clock.map_err(Error::io("start a clock"))?,
